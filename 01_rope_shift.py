@@ -98,13 +98,15 @@ def rotate(x, cos, sin, rotates_last=False):
     Half-split pairing, as in all Hugging Face models: dimension i is paired with i + R/2. The sign is that of
     (x1 + i x2) * exp(+i angle). Dimensions beyond R pass through. Differentiable.
     """
-    half = cos.shape[-1]
-    rest = x.shape[-1] - 2 * half
-    if rotates_last:
-        same, x1, x2 = x.split([rest, half, half], -1)
-        return torch.cat([same, x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
-    x1, x2, same = x.split([half, half, rest], -1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, same], -1)
+    half, size = cos.shape[-1], x.shape[-1]
+    first = size - 2 * half if rotates_last else 0  # first turned dimension
+    x1, x2 = x[..., first:first + half], x[..., first + half:first + 2 * half]  # [..., R/2] each
+    turned = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)  # [..., R]
+    if 2 * half == size:
+        return turned
+    same = x[..., :first] if rotates_last else x[..., 2 * half:]
+    same = same.expand(*turned.shape[:-1], size - 2 * half)  # x may be turned by several angles at once
+    return torch.cat([same, turned] if rotates_last else [turned, same], -1)
 
 
 def shift(keys, distance, rope):

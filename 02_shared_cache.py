@@ -18,13 +18,16 @@ Run it: python 02_shared_cache.py
 """
 import contextlib
 import io
+import platform
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
 from time import perf_counter
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
@@ -191,6 +194,28 @@ def load_model(name=None, device="cpu", dtype="auto"):
         raise ValueError(f"model {name!r} could not be loaded: give a name on the Hugging Face hub (which must be in "
                          f"reach), a local folder, or a GGUF file. The loader said: {first_line}") from error
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def pack_linears(model):
+    """Make matrix products with a few rows fast on an x86 CPU: reorder each weight once, in the way oneDNN likes best.
+
+    A decoding pass multiplies one row per worker by every weight, which should cost what *reading* the weight costs.
+    PyTorch's default product takes longer than that, and in float32 up to twice as long for 2 to 4 rows as for one; on
+    reordered weights 4 rows take no longer than one. Results differ by rounding only. The originals stay, since the
+    embedding may share them, so this happens only where memory allows it; other devices and dtypes are left alone.
+    """
+    linears = [module for module in model.modules() if type(module) is torch.nn.Linear
+               and module.weight.device.type == "cpu" and module.weight.dtype in (torch.float32, torch.bfloat16)]
+    enough = psutil.virtual_memory().available > 1.5 * sum(module.weight.nbytes for module in linears)
+    if enough and torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64"):
+        for linear in linears:
+            packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 4)  # best for 4 rows, good for others
+            linear.forward = partial(_packed_linear, packed, linear.bias)
+    return model
+
+
+def _packed_linear(weight, bias, x):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 # ---------------------------------------------------------------------------------------------------- what one can see

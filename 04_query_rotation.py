@@ -80,6 +80,10 @@ class Part:
     slots: object  # where they are in the memory: a [sum(sizes)] index, or a slice
     hidden: list  # per row: None, or a [N, size] mask of what a token does not see
 
+    def read(self, memory):
+        """The slots of these rows in memory [Hk, S, D]: [Hk, sum(sizes), D], a view where that is possible."""
+        return memory[:, self.slots] if isinstance(self.slots, slice) else memory.index_select(1, self.slots)
+
 
 @lru_cache(maxsize=16)  # all layers of a pass share it: one entry per Rope and window
 def prepare(tables, rotation, window, device):
@@ -123,7 +127,7 @@ def attention(q, k, v, tables, rotation, scale, window=None):
     turned = turned.reshape(-1, heads, group * new, q.shape[2])  # [rows, Hk, G*N, D]
     scores = []  # per row: [Hk, G*N, slots]
     for part in parts:
-        keys = k[:, part.slots].float().transpose(1, 2)  # [Hk, D, slots]
+        keys = part.read(k).float().transpose(1, 2)  # [Hk, D, slots]
         for i, row_keys, hidden in zip(part.rows, keys.split(part.sizes, -1), part.hidden):
             score = turned[i] @ row_keys
             if hidden is not None:
@@ -132,7 +136,7 @@ def attention(q, k, v, tables, rotation, scale, window=None):
     weights = torch.cat(scores, -1).softmax(-1).to(v.dtype)  # [Hk, G*N, all slots]: one softmax over all blocks
     output = 0
     for weight, part in zip(weights.split([sum(part.sizes) for part in parts], -1), parts):
-        output = output + weight @ v[:, part.slots]  # [Hk, G*N, Dv]
+        output = output + weight @ part.read(v)  # [Hk, G*N, Dv]
     return output.reshape(q.shape[0], new, -1)
 
 
