@@ -1,0 +1,821 @@
+r"""Chapter 6: workers that write at once, see each other write, and decide for themselves how to collaborate.
+
+The problem. Chapters 1 to 4 let several workers of one model read each other's memory while it grows. Nothing tells
+them what to do with that. Hogwild! Inference (paper, sections 3.3 and 3.4, appendix C) does not prescribe a strategy:
+it explains the situation to the model in a prompt, cuts the text into steps, and asks now and then whether anybody is
+doing redundant work.
+
+    PROMPT and the protocol strings    what the workers are told, and the few words that stand between the blocks
+    step_ended, find_boxed             two rules about text: when a step is over, and what an answer is
+    Hogwild                            the decoding loop: start from a problem, advance by one pass, ask for the answer
+    Screen                             the live display, which reads nothing but the records of the passes
+    main                               the command line
+
+The loop in one breath: feed every worker's newest tokens, all packed into one row; one forward pass; pick one token per
+worker; where a step is over, move its block to the history and open the next one with a header. That header is fed
+together with the token that ended the step, so passes are ragged, and the tables of chapter 3 do not mind.
+
+Run it: python 06_generate.py                       (Alice and Bob, on a small model that comes with the project)
+        python 06_generate.py --help
+"""
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+shared_cache = import_module("02_shared_cache")
+layouts = import_module("03_layouts")
+query_rotation = import_module("04_query_rotation")
+
+# ------------------------------------------------------------------------------------------------ what is said to them
+
+# Protocol strings, word for word those of the paper.
+PAST_STEPS = "### Past steps"
+OTHERS = "\n\n### Work in progress (others)"
+DOTS = " <...>"
+OWN = "\n\n### Work in progress (own)"
+CHECK = "Quick check: am I doing redundant work? (yes/no): "
+FINISHER = ("\n\nWait, given the limited time, I have to give an answer right now. Considering all my previous attempts, "
+            "I have to conclude that the final answer is \\boxed{")
+
+
+def header(name, step):
+    """How the step number `step` (from 1) of worker `name` begins."""
+    return f"**{name} [{step}]:** "
+
+
+# The rules of the paper's appendix C, in our own words. {names}, {count}, {example}, {view} and {problem} are filled in.
+PROMPT = r"""# Several writers, one problem
+
+You are one of {count} assistants who solve one problem together: {names}. All of you write at the same time. You share
+a memory: whatever one of you writes, the others can read at once, word by word, while it is being written.
+
+How to read this page:
+- Each thought is a step, a paragraph that starts with its author's name and the number of the step: **Name [step]:**
+{view}
+- The others go on writing while you write. A thought of theirs that looks cut off is simply not finished yet, and the
+  next time you look there may be more of it, or a new one.
+
+How to work together:
+- Share the work in whatever way suits the problem: take different parts, try different approaches, check each other's
+  results, discuss a plan and change it when it fails. Say who does what.
+- Read what the others are doing, unfinished thoughts included, before you choose what to do, and look again every now
+  and then. If somebody makes you a suggestion or asks you something, react to it.
+- Never do work twice. If you see that somebody has done what you are doing, or is doing it right now, stop, say so (for
+  example: "Wait, {example} is already on this, so I will ..."), and turn to something else at once.
+- Keep steps short, and end each with a blank line. Whoever knows the final answer puts it within \boxed{}.
+
+# The problem
+
+{names}, this is the problem to solve together, without doing any of the work twice:
+
+{problem}"""
+
+# What the page looks like depends on the layout; {view} is replaced by one of these.
+VIEWS = {
+    "combined": """\
+- Under '### Past steps', the finished steps of all of you are gathered in the order in which they were finished.
+- Below '### Work in progress (others)', you see the unfinished steps of the others, each up to the mark <...>, where
+  its author is writing at this moment.
+- Below '### Work in progress (own)', at the very end, is your own unfinished step, which you continue.""",
+    "interleaved": """\
+- Under '### Past steps', the finished steps of all of you are gathered in the order in which they were finished. A
+  step of somebody else appears there as a whole, once it is finished.
+- At the very end is your own unfinished step, which you continue.""",
+    "contiguous": """\
+- First comes everything that the others have written so far, one after the other.
+- At the very end is everything that you have written so far, which you continue.""",
+}
+SOLO_PROMPT = "{problem}\n\nReason step by step, and put your final answer within \\boxed{}."  # nobody sees anybody
+
+PROBLEM = """A school buys 14 boxes of pencils with 24 pencils in each, and 9 boxes of pens with 16 pens in each. How many
+pencils and pens are that altogether?"""
+NAMES = "Alice Bob Carol Dave Erin Frank Grace Heidi Ivan Judy Mallory Niaj Olivia Peggy Rupert Sybil".split()
+
+# ------------------------------------------------------------------------------------------------- two rules about text
+
+STEP_END = re.compile(r"""[.?!…。？！]  ["'”’»)\]}*_`$]*  [ \t]*\n[ \t]*\n\s*$""", re.VERBOSE)
+
+
+def step_ended(text):
+    """Is a step over? Its text ends in a blank line right after the end of a sentence, and no code fence is open.
+
+    The end of a sentence may be dressed: `.)`, `.**`, `."`, `.$`. A colon or a comma does not end a step (appendix C).
+    The text decides, not the token: some models write a blank line as one token, others as two.
+    """
+    return bool(STEP_END.search(text[-80:])) and text.count("```") % 2 == 0
+
+
+def find_boxed(text):
+    r"""The content of the last complete \boxed{...} in `text`, or None. Braces nest; \{ and \} do not count as braces."""
+    answer = None
+    for match in re.finditer(r"\\boxed\s*\{", text):
+        depth = 1
+        for i in range(match.end(), len(text)):
+            if text[i - 1] != "\\":
+                depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                answer = text[match.end():i].strip() or answer
+                break
+    return answer
+
+
+# ----------------------------------------------------------------------------------------------------- the decoding loop
+
+@dataclass
+class Settings:
+    """Everything that shapes a run, besides the model and the problem."""
+
+    workers: list = field(default_factory=lambda: ["Alice", "Bob"])
+    layout: str = "combined"
+    max_passes: int = 256  # the budget: sequential forward passes
+    check_every: int = 1024  # generated tokens, of all workers together, between two collaboration checks; 0: never
+    answer_tokens: int = 16  # length of an early-stop answer (the paper: 16, 64 for OlympiadBench, 1024 for code)
+    step_room: int = 1024  # a step of so many tokens is closed where it stands
+    seed: int = 0
+    greedy: bool = False
+    temperature: float | None = None  # None: the model's own generation_config, or else 0.6
+    top_p: float | None = None  # None: the model's own, or else 0.95
+    top_k: int | None = None  # None: the model's own, or else 50
+    prompt: str | None = None  # a template with {problem} in it; None: PROMPT
+    forbid: list = field(default_factory=lambda: ["</think>", "###", " ###"])  # tokens that workers may not write ...
+    forbid_special: bool = True  # ... and the special ones: end of text, roles
+
+    def check(self):
+        """Raise ValueError, with one sentence, if a setting makes no sense."""
+        if not 1 <= len(self.workers) <= 16:
+            raise ValueError(f"{len(self.workers)} workers were asked for; there can be 1 to 16")
+        twice = [name for name in self.workers if self.workers.count(name) > 1]
+        if twice:
+            raise ValueError(f"two workers are called {twice[0]!r}; each needs a name of its own")
+        if not all(name.strip() for name in self.workers):
+            raise ValueError("a worker has an empty name; give each one a name, such as Alice")
+        if self.prompt is not None and "{problem}" not in self.prompt:
+            raise ValueError("the prompt has no {problem} in it, so the workers would never see the problem")
+        for name, least in (("max_passes", 1), ("check_every", 0), ("answer_tokens", 1), ("step_room", 64), ("top_k", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"the temperature is {self.temperature}; it must be above 0 (for no randomness: --greedy)")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p is {self.top_p}; it must be above 0 and at most 1")
+
+
+@dataclass
+class Worker:
+    """One writer: its block of the shared cache, and what it is about to feed."""
+
+    name: str
+    index: int
+    random: torch.Generator
+    pending: list  # token ids to be fed in the next pass; the last one was sampled (or belongs to a header)
+    step: int = 1  # number of the step being written
+    ids: list = field(default_factory=list)  # token ids of the step so far, the pending ones included
+    shown: int = 0  # characters of the step's text that the records already contain
+    check_due: bool = False  # the next step opens with the collaboration check
+    finished: bool = False  # wrote the end of text (only where that is not forbidden)
+
+    @property
+    def block(self):
+        """Number of the worker's block in the cache."""
+        return 1 + self.index
+
+
+class Hogwild:
+    """One collaboration of the workers on one problem.
+
+        run = Hogwild(model, tokenizer, problem, Settings(workers=["Alice", "Bob"]))
+        while run.over is None:
+            run.advance()
+        print(run.answer())
+
+    `answer` may be asked at any time: it disturbs nothing. `passes` is the list of records, one per forward pass.
+
+    Args:
+        model, tokenizer: any causal language model of transformers with rotary embeddings (chapter 2's load_model).
+        problem: the text of the problem.
+    Raises:
+        ValueError: unusable settings, an empty problem, a model that cannot be used, a prompt longer than its context.
+    """
+
+    def __init__(self, model, tokenizer, problem, settings=None, attention=query_rotation.attention):
+        self.model, self.tokenizer, self.problem = model, tokenizer, problem
+        self.settings, self.attention = settings or Settings(), attention
+        self.settings.check()
+        if not problem.strip():
+            raise ValueError("the problem is empty; give the workers something to solve")
+        self.layout = layouts.layout(self.settings.layout, len(self.settings.workers))
+        ropes = query_rotation.attach(model)
+        self.end_ids = self._end_ids()
+        self.forbidden = self._forbidden_ids()
+        self.warpers, self.top_k = self._sampling()
+
+        self.prompt = self._prompt_text()
+        prompt_ids = self.encode(self.prompt, special=self.tokenizer.chat_template is None)
+        if self.layout.name == "independent":  # no header: a worker's first block starts with the prompt's last token
+            first = [[prompt_ids.pop()] for _ in self.settings.workers]
+        else:
+            first = [self.encode("\n\n" + header(name, 1)) for name in self.settings.workers]
+        self.workers = [Worker(name, i, torch.Generator().manual_seed(self.settings.seed + i), ids, ids=list(ids))
+                        for i, (name, ids) in enumerate(zip(self.settings.workers, first))]
+        self.finisher = self.encode(FINISHER)
+        self.reserve = len(self.finisher) + self.settings.answer_tokens  # always kept free, for the early stop
+        self.separators = [self.encode(text) for text in (OTHERS, DOTS, OWN)]
+        if len(self.layout.separator_views) < 3:  # a worker alone has no others
+            self.separators = self.separators[3 - len(self.layout.separator_views):]
+
+        self.context = self._context()
+        self.cache = shared_cache.SharedCache(self._rooms(prompt_ids), ropes)
+        self.rows = [self.cache.blocks[b] for b in self.layout.blocks]
+        self.passes, self.generated = [], 0  # records; tokens sampled by all workers
+        self.boxed = None  # the answer, once a worker has written one
+        self.chance = random.Random(self.settings.seed)  # who is asked the collaboration check
+        needed = len(prompt_ids) + self._fixed() + sum(len(w.pending) for w in self.workers)
+        if needed + self.reserve > self.context:
+            raise ValueError(f"the prompt takes {needed} tokens and an answer {self.reserve}, "
+                             f"but the model's context ends at {self.context}: shorten the problem")
+        self._encode_prompt(prompt_ids)
+        self.opening = {w.index: self._new_text(w) for w in self.workers} if self.layout.name != "independent" else {}
+
+    # -- starting -----------------------------------------------------------------------------------------------------
+
+    def encode(self, text, special=False):
+        """Token ids of `text`, as a list, without the tokenizer's own additions unless `special`."""
+        return self.tokenizer(text, add_special_tokens=special).input_ids
+
+    def decode(self, ids):
+        """Text of token ids, exactly as written."""
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def _prompt_text(self):
+        names = self.settings.workers
+        template = self.settings.prompt
+        if template is None:
+            template = SOLO_PROMPT if self.layout.name == "independent" else PROMPT
+        listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        fill = {"names": listed, "count": str(len(names)), "example": names[0], "view": VIEWS.get(self.layout.name, ""),
+                "problem": self.problem.strip()}  # the problem last: its braces are its own business
+        text = template
+        for key, value in fill.items():
+            text = text.replace("{" + key + "}", value)
+        if self.tokenizer.chat_template is None:
+            text += "\n\n"
+        else:
+            text = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                                      add_generation_prompt=True)
+            if "<think>" in self.tokenizer.get_vocab() and not text.rstrip().endswith("<think>"):
+                text += "<think>\n"  # a reasoning model: the assistant's turn starts with its thoughts
+        return text + PAST_STEPS if self.layout.moves else text
+
+    def _end_ids(self):
+        ends = self.model.generation_config.eos_token_id
+        ends = [self.tokenizer.eos_token_id] if ends is None else ends
+        return {i for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
+
+    def _forbidden_ids(self):
+        ids = set()
+        if self.settings.forbid_special:
+            ids = self.end_ids | {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        for text in self.settings.forbid:
+            token = self.encode(text)
+            if len(token) == 1:  # a text of several tokens (such as </think> for a model that has no such token) is
+                ids.add(token[0])  # never written by accident
+        return torch.tensor(sorted(i for i in ids if i < self.model.get_output_embeddings().weight.shape[0]))
+
+    def _sampling(self):
+        """The model's own way of sampling: (its temperature and top-p as logits processors, its top-k)."""
+        def pick(name, default):
+            chosen, own = getattr(self.settings, name), getattr(self.model.generation_config, name, None)
+            return chosen if chosen is not None else own if own is not None else default
+
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(pick("temperature", 0.6)))])
+        if pick("top_p", 0.95) < 1:
+            warpers.append(TopPLogitsWarper(float(pick("top_p", 0.95))))
+        return warpers, pick("top_k", 50)
+
+    def _context(self):
+        config = self.model.config.get_text_config()
+        parameters = getattr(config, "rope_parameters", None) or {}
+        if parameters.get("rope_type") == "longrope":  # beyond that the model turns its keys by other angles
+            return parameters["original_max_position_embeddings"]
+        return config.max_position_embeddings
+
+    def _fixed(self):
+        """Tokens of the separators in the longest view."""
+        counts = [len(ids) for ids in self.separators]
+        return sum(counts) + counts[1] * max(0, len(self.workers) - 2) if len(counts) == 3 else sum(counts)
+
+    def _rooms(self, prompt_ids):
+        """Slots per block, for the worst case: a memory that never grows. No block outgrows the context."""
+        overhead = len(self.encode("\n\n" + header(self.settings.workers[0], 100) + CHECK)) + 2
+        worst = self.settings.max_passes * overhead  # each pass may end a step and open one
+        history = len(prompt_ids) + (len(self.workers) * worst if self.layout.moves else 0)
+        own = self.settings.step_room if self.layout.moves else worst
+        own = min(own, worst) + overhead + self.reserve
+        rooms = [min(own, self.context)] * (1 + max(self.layout.blocks))
+        rooms[layouts.HISTORY] = min(history, self.context)
+        for view, ids in zip(self.layout.separator_views, self.separators):
+            rooms[self.layout.blocks[view[-1]]] = len(ids)
+        return rooms
+
+    def _encode_prompt(self, prompt_ids, chunk=512):
+        """Fill the common block, then the separators, each in its place of the view (prefill)."""
+        for i in range(0, len(prompt_ids), chunk):
+            self._feed([([layouts.HISTORY], prompt_ids[i:i + chunk])])
+        if self.separators:
+            self._feed([*zip(self.layout.separator_views, self.separators)])
+
+    # -- advancing ----------------------------------------------------------------------------------------------------
+
+    def _feed(self, writers):
+        """One forward pass. `writers`: pairs (view, ids). Returns the logits [len(writers), vocabulary] of last tokens.
+
+        If the pass fails, or is interrupted, the blocks are as long as before.
+        """
+        lengths = [block.length for block in self.cache.blocks]
+        try:
+            self.cache.append({self.layout.blocks[view[-1]]: len(ids) for view, ids in writers})
+            tables = layouts.fill_tables(self.rows, [(view, len(ids)) for view, ids in writers])
+            packed = [i for _, ids in writers for i in ids]  # [N]
+            last = torch.tensor([len(ids) for _, ids in writers]).cumsum(0) - 1
+            return query_rotation.forward(self.model, self.cache, tables, packed, last, self.attention)
+        except BaseException:
+            self._cut_back(lengths)
+            raise
+
+    def _cut_back(self, lengths):
+        for b, length in enumerate(lengths):
+            self.cache.cut(b, length)
+
+    @property
+    def over(self):
+        """Why the run is over: "answer", "passes", "context", "end of text"; None while it is not."""
+        writing = [w for w in self.workers if not w.finished]
+        if self.boxed is not None:
+            return "answer"
+        if not writing:
+            return "end of text"
+        if len(self.passes) >= self.settings.max_passes:
+            return "passes"
+        coming = sum(len(w.pending) for w in writing)
+        if self.longest_view + coming + self.reserve > self.context:
+            return "context"
+        return None
+
+    @property
+    def longest_view(self):
+        """Tokens that are in view of the worker who sees most of them."""
+        return max(sum(self.rows[row].length for row in view) for view in (*self.layout.views, self.layout.final_view))
+
+    def advance(self):
+        """One forward pass of all workers; each of them writes one token. Returns (and keeps) the record of the pass."""
+        start = time.perf_counter()
+        writing = [w for w in self.workers if not w.finished]
+        logits = self._feed([(self.layout.views[w.index], w.pending) for w in writing])
+        record = {"fed": {}, "sampled": {}, "text": {}, "closed": []}
+        for w, token in zip(writing, self.sample(logits, writing)):
+            record["fed"][w.index], record["sampled"][w.index] = w.pending, token
+            w.pending = [token]
+            w.ids.append(token)
+            w.finished = token in self.end_ids
+        self._schedule_check(writing)
+        for w in writing:
+            text = self.decode(w.ids)
+            found = find_boxed(text) if "}" in text[w.shown:] else None
+            self.boxed = self.boxed if found is None else found
+            full = self.rows[w.block].length + 1 >= self.settings.step_room and self.layout.moves
+            if (full or step_ended(text)) and not w.finished:
+                record["closed"].append(self._close_step(w))
+            else:
+                record["text"][w.index] = self._new_text(w)
+        record["seconds"] = time.perf_counter() - start
+        self.passes.append(record)
+        return record
+
+    def sample(self, logits, writing):
+        """Pick one token per worker from logits [workers, vocabulary], each with the worker's own random numbers."""
+        logits = logits.float()
+        logits[:, self.forbidden.to(logits.device)] = float("-inf")
+        if self.settings.greedy:
+            return logits.argmax(-1).tolist()
+        ids = None
+        if self.top_k:  # the k best first: temperature and top-p then have k numbers to look at, not a vocabulary
+            logits, ids = logits.topk(min(self.top_k, logits.shape[-1]))
+        weights = self.warpers(None, logits).softmax(-1).cpu()
+        picks = [torch.multinomial(p, 1, generator=w.random) for p, w in zip(weights, writing)]
+        return [int(pick) if ids is None else int(ids[i, pick]) for i, pick in enumerate(picks)]
+
+    def _schedule_check(self, writing):
+        """Once every `check_every` generated tokens, one worker is asked a question as it opens its next step."""
+        every, before = self.settings.check_every, self.generated
+        self.generated += len(writing)
+        if every and self.generated // every > before // every and self.layout.name != "independent":
+            self.chance.choice(writing).check_due = True
+
+    def _close_step(self, w):
+        """The step of worker w is over: move it to the history, open the next one. Returns what the record says of it.
+
+        The token that ended the step was sampled but not yet fed, so it is the first one of the next block.
+        """
+        closed = {"worker": w.index, "step": w.step, "check": w.check_due, "text": self.decode(w.ids[:-1])}
+        opening = CHECK if w.check_due else ""
+        w.check_due = False
+        if self.layout.moves:
+            self.cache.move(w.block, layouts.HISTORY)
+            w.step += 1
+            opening = header(w.name, w.step) + opening
+        w.pending = [w.ids[-1], *self.encode(opening)] if opening else [w.ids[-1]]
+        w.ids, w.shown = list(w.pending), 0
+        closed["opened"] = self._new_text(w)
+        return closed
+
+    def _new_text(self, w):
+        """What worker w has written since it was asked last. Half a character (bytes of an emoji) has to wait."""
+        text = self.decode(w.ids).rstrip("\ufffd")
+        new, w.shown = text[w.shown:], max(w.shown, len(text))
+        return new
+
+    # -- answering ----------------------------------------------------------------------------------------------------
+
+    def answer(self, tokens=None):
+        """The answer now, without disturbing the run (early stop; paper, section 4.1 and appendix C).
+
+        If a worker wrote \\boxed{...}, that is the answer. Otherwise the last worker, who sees everything, is made to
+        say it: the finisher is appended to its block, at most `tokens` (settings.answer_tokens) are decoded greedily,
+        and the blocks are cut back. Nothing is encoded twice, and nothing remains.
+        Returns:
+            The text inside the braces, without surrounding space.
+        """
+        if self.boxed is not None:
+            return self.boxed
+        lengths = [block.length for block in self.cache.blocks]
+        *others, last = [w for w in self.workers if not w.finished or w is self.workers[-1]]
+        view, ids = self.layout.final_view, []
+        try:
+            pending = ([] if last.finished else last.pending) + self.finisher
+            logits = self._feed([*((self.layout.views[w.index], w.pending) for w in others), (view, pending)])[-1]
+            for _ in range(min(tokens or self.reserve, self.reserve - len(self.finisher))):
+                token = int(logits.argmax())
+                if token in self.end_ids:
+                    break
+                ids.append(token)
+                found = find_boxed("\\boxed{" + self.decode(ids))
+                if found is not None:
+                    return found
+                logits = self._feed([(view, [token])])[-1]
+            return self.decode(ids).strip()
+        finally:
+            self._cut_back(lengths)
+
+
+# ------------------------------------------------------------------------------------------------------------ the trace
+
+def trace_of(run, model_name, ending, answer, error=None):
+    """Everything about a run as one JSON-ready dict: enough to show it again, or to compute every table anew."""
+    return {
+        "format": "hogwild-trace-1", "problem": run.problem, "prompt": run.prompt, "settings": asdict(run.settings),
+        "model": model_name, "device": str(run.model.device), "dtype": str(run.model.dtype),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__},
+        "separators": [run.decode(ids) for ids in run.separators], "opening": run.opening, "context": run.context,
+        "passes": run.passes, "tokens": run.generated, "ending": ending, "answer": answer,
+        "written_by_a_worker": run.boxed is not None, "error": error,
+    }
+
+
+def save_trace(path, trace):
+    """Write the trace to `path`, whole or not at all."""
+    temporary = Path(f"{path}.part")
+    temporary.write_text(json.dumps(trace, ensure_ascii=False, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load_trace(path):
+    """Read a trace. Raises ValueError if the file is none."""
+    try:
+        trace = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"the trace {path!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path!r} is not a trace: {error}") from error
+    if not isinstance(trace, dict) or trace.get("format") != "hogwild-trace-1":
+        raise ValueError(f"{path!r} is not a trace that --save wrote")
+    for record in trace["passes"]:  # JSON turned the worker numbers into strings
+        for key in ("fed", "sampled", "text"):
+            record[key] = {int(worker): value for worker, value in record[key].items()}
+    trace["opening"] = {int(worker): text for worker, text in trace["opening"].items()}
+    return trace
+
+
+# ---------------------------------------------------------------------------------------------------------- the display
+
+COLOURS = ["cyan", "magenta", "green", "yellow", "bright_blue", "bright_red", "bright_green", "bright_magenta"]
+
+
+class Screen:
+    """Shows a run, live or replayed, from the records of its passes alone.
+
+    On a terminal: the history above, one column per worker below, a line of figures at the bottom. Elsewhere: one line
+    per finished step.
+    """
+
+    def __init__(self, names, opening, moves, live, title, console):
+        self.names, self.moves, self.title, self.console = names, moves, title, console
+        self.history = []  # (worker, text) of each finished step, where finished steps move
+        self.current = {i: opening.get(i, "") for i in range(len(names))}
+        self.passes, self.tokens, self.recent = 0, 0, deque(maxlen=50)  # recent: (tokens, seconds) of some passes
+        self.tail = ""
+        self.live = Live(console=console, auto_refresh=False, transient=True) if live else None
+        self.next_refresh = 0.0
+
+    def __enter__(self):
+        if self.live:
+            self.live.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        if self.live:
+            self.live.__exit__(*exception)
+
+    def show(self, record, cache_line=""):
+        """Take in the record of one pass."""
+        for worker, text in record["text"].items():
+            self.current[worker] += text
+        for closed in record["closed"]:
+            worker, text = closed["worker"], closed["text"]
+            if self.moves:
+                self.history.append((worker, text))
+                self.current[worker] = closed["opened"]
+                if not self.live:
+                    self.console.print(self.styled(worker, text.strip()), soft_wrap=True)
+            else:
+                self.current[worker] = self.current[worker] + closed["opened"]
+        self.passes += 1
+        self.tokens += len(record["sampled"])
+        self.recent.append((len(record["sampled"]), record["seconds"]))
+        self.tail = cache_line
+        now = time.perf_counter()
+        if self.live and now >= self.next_refresh:
+            self.live.update(self.frame(), refresh=True)
+            took = time.perf_counter() - now
+            self.next_refresh = now + max(0.1, 40 * took)  # drawing takes at most a fortieth of the time
+
+    def styled(self, worker, text):
+        """Text in the worker's colour, with the inserted checks marked."""
+        styled = Text(text, style=COLOURS[worker % len(COLOURS)])
+        styled.highlight_words([CHECK.strip()], "black on yellow")
+        styled.highlight_regex(r"\*\*[^*\n]+ \[\d+\]:\*\*", "bold")
+        return styled
+
+    def figures(self):
+        """The line of figures."""
+        tokens, seconds = (sum(column) for column in zip(*self.recent or [(0, 1)]))
+        rate = tokens / seconds if seconds else 0.0
+        return f"pass {self.passes} · {self.tokens} tokens · {rate:.1f} tokens/s{self.tail}"
+
+    def frame(self):
+        """What the terminal shows now."""
+        width, height = self.console.size
+        rows = max(5, (height - 6) // 2 if self.moves else height - 6)
+
+        def last_lines(text, columns, lines):
+            return Text("\n").join(text.wrap(self.console, max(8, columns))[-lines:])
+
+        grid = Table.grid(expand=True)
+        inner = width // len(self.names) - 4
+        for _ in self.names:
+            grid.add_column(ratio=1)
+        grid.add_row(*(Panel(last_lines(self.styled(i, self.current[i].strip()), inner, rows - 2), title=name, height=rows,
+                             border_style=COLOURS[i % len(COLOURS)]) for i, name in enumerate(self.names)))
+        parts = [grid, Text(self.figures(), style="dim")]
+        if self.moves:
+            past = Text("\n\n").join(self.styled(worker, text.strip()) for worker, text in self.history[-40:])
+            parts.insert(0, Panel(last_lines(past, width - 4, height - rows - 4), title="past steps",
+                                  height=height - rows - 3, border_style="white"))
+        return Group(*parts)
+
+    def finish(self):
+        """Print what has not been printed yet: all of it after a live display, the unfinished steps otherwise."""
+        if self.live:
+            self.console.print(Text(self.title, style="bold"), soft_wrap=True)
+            for worker, text in self.history:
+                self.console.print(self.styled(worker, text.strip()), soft_wrap=True)
+        for worker, text in self.current.items():
+            unfinished = Text.assemble(self.styled(worker, f"{text.strip()}"), (DOTS, "dim"))
+            if not self.moves:
+                unfinished = Text.assemble((f"{self.names[worker]}: ", "bold"), unfinished)
+            self.console.print(unfinished, soft_wrap=True)
+
+
+def report(console, trace):
+    """The answer, and one line of figures."""
+    passes, tokens = len(trace["passes"]), trace["tokens"]
+    seconds = sum(record["seconds"] for record in trace["passes"])
+    how = {"answer": "a worker wrote it", "passes": "asked when the passes were used up", "end of text": "all have finished",
+           "context": "asked when the model's context was used up"}.get(trace["ending"], trace["ending"])
+    if trace["answer"] is not None:
+        console.print(Text.assemble("\nAnswer: ", (trace["answer"] or "(none)", "bold"), f"   ({how})"), soft_wrap=True)
+    else:
+        console.print(f"\nNo answer: {trace['ending']}", markup=False, soft_wrap=True)
+    console.print(f"{passes} passes, {tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s; one worker alone would need "
+                  f"{tokens} passes for as many tokens ({tokens / max(passes, 1):.2f} x)", markup=False, soft_wrap=True)
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one sentence instead of a page when something is wrong."""
+
+    def error(self, message):
+        """Print the sentence and exit with code 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(argv):
+    """The command line."""
+    parser = Parser(description="Workers of one language model solve a problem together, writing at once and reading each "
+                                "other's words as they appear (Hogwild! Inference).",
+                    epilog="example: python 06_generate.py 'What is 17 * 23 + 19 * 21?' --workers 3 --max-passes 400 --seed 1",
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110))
+    default = Settings()
+    task = parser.add_argument_group("what to solve")
+    task.add_argument("problem", nargs="?", help="the problem; '-' reads it from standard input (default: a built-in one)")
+    task.add_argument("--file", metavar="FILE", help="read the problem from a file")
+    task.add_argument("--prompt", metavar="FILE", help="another prompt: a text with {problem} in it, and {names}, {count}, "
+                                                       "{example}, {view} where wanted")
+    who = parser.add_argument_group("who solves it")
+    who.add_argument("--model", metavar="NAME", help="hub name, local folder, or GGUF file (default: the bundled SmolLM2-135M)")
+    who.add_argument("--workers", nargs="+", default=default.workers, metavar="NAME",
+                     help="their names, or how many of them, 1 to 16 (default: Alice Bob)")
+    who.add_argument("--layout", default=default.layout, metavar="LAYOUT",
+                     help=f"who sees what: {', '.join(layouts.LAYOUTS)} (default: {default.layout})")
+    who.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best one there is)")
+    who.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+                     help="default: that of the checkpoint")
+    how = parser.add_argument_group("how")
+    how.add_argument("--max-passes", type=int, default=default.max_passes, metavar="N",
+                     help=f"budget of forward passes (default: {default.max_passes})")
+    how.add_argument("--check-every", type=int, default=default.check_every, metavar="N",
+                     help=f"generated tokens between two checks for redundant work, 0 for none (default: {default.check_every})")
+    how.add_argument("--answer-tokens", type=int, default=default.answer_tokens, metavar="N",
+                     help=f"length of an answer given when the budget ends (default: {default.answer_tokens})")
+    how.add_argument("--seed", type=int, default=default.seed, metavar="N", help="for the random numbers (default: 0)")
+    how.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    how.add_argument("--temperature", type=float, metavar="T", help="default: the model's own, or 0.6")
+    how.add_argument("--top-p", type=float, metavar="P", help="default: the model's own, or 0.95")
+    how.add_argument("--top-k", type=int, metavar="K", help="default: the model's own, or 50; 0 for no limit")
+    how.add_argument("--forbid", nargs="*", default=default.forbid, metavar="TOKEN",
+                     help=f"tokens that workers may not write, besides special ones (default: {' '.join(map(repr, default.forbid))})")
+    show = parser.add_argument_group("showing and keeping")
+    show.add_argument("--no-live", action="store_true", help="plain lines instead of the live display")
+    show.add_argument("--save", metavar="FILE", help="write the trace of the run, also if it is interrupted or fails")
+    show.add_argument("--replay", metavar="FILE", help="show a saved run again; needs no model")
+    show.add_argument("--svg", metavar="FILE", help="write the last picture of the display as an SVG")
+    return parser.parse_args(argv)
+
+
+def settings_of(args):
+    """Settings from the command line."""
+    names = args.workers
+    if len(names) == 1 and re.fullmatch(r"-?\d+", names[0]):
+        count = int(names[0])
+        if not 1 <= count <= len(NAMES):
+            raise ValueError(f"{count} workers were asked for; there can be 1 to {len(NAMES)}")
+        names = NAMES[:count]
+    prompt = None if args.prompt is None else read_text(args.prompt, "prompt")
+    return Settings(list(names), args.layout, args.max_passes, args.check_every, args.answer_tokens, seed=args.seed,
+                    greedy=args.greedy, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, prompt=prompt,
+                    forbid=list(args.forbid))
+
+
+def read_text(path, what):
+    """The text of a file, or a ValueError of one sentence."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the {what} {path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_problem(args):
+    """The problem from the argument, a file, standard input, or the built-in one."""
+    if args.file is not None:
+        if args.problem is not None:
+            raise ValueError("the problem is given twice, as an argument and with --file; give it once")
+        problem = read_text(args.file, "problem")
+    else:
+        problem = sys.stdin.read() if args.problem == "-" else PROBLEM if args.problem is None else args.problem
+    if not problem.strip():
+        raise ValueError("the problem is empty; give the workers something to solve")
+    return problem
+
+
+def best_device():
+    """cuda, mps or cpu."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def replay(path, console, live):
+    """Show a saved run again, at the pace at which it went."""
+    trace = load_trace(path)
+    settings = trace["settings"]
+    with Screen(settings["workers"], trace["opening"], settings["layout"] in ("combined", "interleaved"), live,
+                trace["problem"].strip(), console) as screen:
+        for record in trace["passes"]:
+            screen.show(record)
+            if live:
+                time.sleep(record["seconds"])
+    return screen, trace
+
+
+def collaborate(args, settings, problem, console, live):
+    """Load the model and run the workers. Returns (screen, trace); the trace says how it ended, whatever happened."""
+    name = args.model or f"SmolLM2-135M-Instruct ({shared_cache.BUNDLED})"
+    console.print(f"loading {name} ...", style="dim", soft_wrap=True)
+    model, tokenizer = shared_cache.load_model(args.model, args.device or best_device(), args.dtype)
+    run = Hogwild(shared_cache.pack_linears(model), tokenizer, problem, settings)
+    ending, answer, error = None, None, None
+    with Screen(settings.workers, run.opening, run.layout.moves, live, problem.strip(), console) as screen:
+        try:
+            while run.over is None:
+                record = run.advance()
+                screen.show(record, f" · {run.longest_view:,} of {run.context:,} tokens of context")
+            ending = run.over
+            answer = run.answer()
+        except KeyboardInterrupt:
+            ending = "interrupted"
+        except Exception as failure:  # whatever fails in there, what was computed is kept
+            ending, error = f"failed: {type(failure).__name__}: {failure}", traceback.format_exc()
+    trace = trace_of(run, name, ending, answer, error)
+    if args.save:
+        save_trace(args.save, trace)
+    return screen, trace
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code."""
+    args = parse(argv)
+    console = Console(highlight=False, record=bool(args.svg))
+    live = console.is_terminal and not args.no_live
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # to be ended is to be interrupted
+    try:
+        if args.replay:
+            screen, trace = replay(args.replay, console, live)
+        else:
+            settings, problem = settings_of(args), read_problem(args)
+            settings.check()
+            layouts.layout(settings.layout, len(settings.workers))
+            for path in filter(None, (args.save, args.svg)):
+                if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
+                    raise ValueError(f"{path!r} cannot be written: give a file name in a folder that exists")
+            screen, trace = collaborate(args, settings, problem, console, live)
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    screen.finish()
+    report(console, trace)
+    if args.svg:
+        picture = Console(record=True, width=120, height=38, file=open(os.devnull, "w"), force_terminal=True)
+        screen.console = picture
+        picture.print(screen.frame())
+        picture.save_svg(args.svg, title="Hogwild! Inference")
+    if trace["error"]:
+        print(f"the run failed after {len(trace['passes'])} passes: {trace['ending']}", file=sys.stderr)
+        return 1
+    if trace["ending"] == "interrupted":
+        return 130
+    steps = sum(len(record["closed"]) for record in trace["passes"])
+    assert trace["tokens"] == sum(len(record["sampled"]) for record in trace["passes"]) and trace["answer"] is not None
+    console.print(f"[OK] {len(trace['passes'])} passes of {len(screen.names)} workers through one cache, {steps} steps finished",
+                  markup=False)
+    return 0
+
+
+# Exercises
+# 1. Let Alice and Bob speak different languages: a prompt file and --prompt. Do they still build on each other's steps?
+# 2. Run the same problem with --layout independent and --layout combined, same seed. Where do the texts part?
+# 3. Ask for the answer every 32 passes in a loop of your own, and check that the run goes on as if you had not.
+
+if __name__ == "__main__":
+    sys.exit(main())
