@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 
+import jinja2
 import torch
 import transformers
 from rich.console import Console, Group
@@ -64,6 +65,7 @@ def header(name, step):
 
 
 # The rules of the paper's appendix C, in our own words. {names}, {count}, {example}, {view} and {problem} are filled in.
+# What stands above the line of dashes is the system message, what stands below is the user's.
 PROMPT = r"""# Several writers, one problem
 
 You are one of {count} assistants who solve one problem together: {names}. All of you write at the same time. You share
@@ -84,9 +86,8 @@ How to work together:
   example: "Wait, {example} is already on this, so I will ..."), and turn to something else at once.
 - Keep steps short, and end each with a blank line. Whoever knows the final answer puts it within \boxed{}.
 
-# The problem
-
-{names}, this is the problem to solve together, without doing any of the work twice:
+---
+{names}, solve this problem together, without doing any of the work twice:
 
 {problem}"""
 
@@ -107,8 +108,9 @@ VIEWS = {
 }
 SOLO_PROMPT = "{problem}\n\nReason step by step, and put your final answer within \\boxed{}."  # nobody sees anybody
 
-PROBLEM = """A school buys 14 boxes of pencils with 24 pencils in each, and 9 boxes of pens with 16 pens in each. How many
-pencils and pens are that altogether?"""
+FORBID = ["</think>", "##", " ##", "###", " ###", "####", " ####"]  # ends of thought, and headings: those are ours
+PROBLEM = """Tom has 3 red apples and 5 green apples. Ann has 4 red apples and 2 green apples. How many apples of each colour are
+there, and how many altogether?"""
 NAMES = "Alice Bob Carol Dave Erin Frank Grace Heidi Ivan Judy Mallory Niaj Olivia Peggy Rupert Sybil".split()
 
 # ------------------------------------------------------------------------------------------------- two rules about text
@@ -156,8 +158,8 @@ class Settings:
     temperature: float | None = None  # None: the model's own generation_config, or else 0.6
     top_p: float | None = None  # None: the model's own, or else 0.95
     top_k: int | None = None  # None: the model's own, or else 50
-    prompt: str | None = None  # a template with {problem} in it; None: PROMPT
-    forbid: list = field(default_factory=lambda: ["</think>", "###", " ###"])  # tokens that workers may not write ...
+    prompt: str | None = None  # a template with {problem} in it, see PROMPT; None: PROMPT
+    forbid: list = field(default_factory=lambda: list(FORBID))  # tokens that workers may not write ...
     forbid_special: bool = True  # ... and the special ones: end of text, roles
 
     def check(self):
@@ -275,17 +277,28 @@ class Hogwild:
         listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
         fill = {"names": listed, "count": str(len(names)), "example": names[0], "view": VIEWS.get(self.layout.name, ""),
                 "problem": self.problem.strip()}  # the problem last: its braces are its own business
-        text = template
         for key, value in fill.items():
-            text = text.replace("{" + key + "}", value)
+            template = template.replace("{" + key + "}", value)
+        rules, line, task = template.partition("\n---\n")
+        rules, task = (rules.strip(), task.strip()) if line else ("", template)
         if self.tokenizer.chat_template is None:
-            text += "\n\n"
+            text = f"{rules}\n\n{task}\n\n".lstrip()
         else:
-            text = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                                      add_generation_prompt=True)
+            text = self._chat(rules, task)
             if "<think>" in self.tokenizer.get_vocab() and not text.rstrip().endswith("<think>"):
                 text += "<think>\n"  # a reasoning model: the assistant's turn starts with its thoughts
         return text + PAST_STEPS if self.layout.moves else text
+
+    def _chat(self, rules, task):
+        """The model's own chat format, up to where the assistant's turn begins. Not every template knows system messages."""
+        user = [{"role": "user", "content": task}]
+        together = [{"role": "user", "content": f"{rules}\n\n{task}".lstrip()}]
+        for messages in ([{"role": "system", "content": rules}] + user if rules else user, together):
+            try:
+                return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except jinja2.TemplateError as error:
+                refusal = error
+        raise ValueError(f"the chat template of this model cannot be used: {refusal}")
 
     def _end_ids(self):
         ends = self.model.generation_config.eos_token_id
@@ -430,7 +443,7 @@ class Hogwild:
         every, before = self.settings.check_every, self.generated
         self.generated += len(writing)
         if every and self.generated // every > before // every and self.layout.name != "independent":
-            self.chance.choice(writing).check_due = True
+            self.chance.choice(writing).check_due = True  # (drawn from `chance`, apart from the random tokens)
 
     def _close_step(self, w):
         """The step of worker w is over: move it to the history, open the next one. Returns what the record says of it.
@@ -662,7 +675,7 @@ def parse(argv):
     task.add_argument("problem", nargs="?", help="the problem; '-' reads it from standard input (default: a built-in one)")
     task.add_argument("--file", metavar="FILE", help="read the problem from a file")
     task.add_argument("--prompt", metavar="FILE", help="another prompt: a text with {problem} in it, and {names}, {count}, "
-                                                       "{example}, {view} where wanted")
+                      "{example}, {view} where wanted; what stands above a line '---' is the system message")
     who = parser.add_argument_group("who solves it")
     who.add_argument("--model", metavar="NAME", help="hub name, local folder, or GGUF file (default: the bundled SmolLM2-135M)")
     who.add_argument("--workers", nargs="+", default=default.workers, metavar="NAME",
