@@ -235,7 +235,8 @@ class Hogwild:
         self.prompt = self._prompt_text()
         prompt_ids = self.encode(self.prompt, special=self.tokenizer.chat_template is None)
         if self.layout.name == "independent":  # no header: a worker's first block starts with the prompt's last token
-            first = [[prompt_ids.pop()] for _ in self.settings.workers]
+            first = [[prompt_ids[-1]]] * len(self.settings.workers)
+            prompt_ids = prompt_ids[:-1]
         else:
             first = [self.encode("\n\n" + header(name, 1)) for name in self.settings.workers]
         self.workers = [Worker(name, i, torch.Generator().manual_seed(self.settings.seed + i), ids, ids=list(ids))
