@@ -107,6 +107,15 @@ class SharedCache(Cache):
             raise ValueError(f"block {b} holds {self.blocks[b].length} tokens and cannot be cut to {length}")
         self.blocks[b].length = length
 
+    def write(self, layer, keys, values):
+        """Write the new keys [Hk, N, D] and values [Hk, N, Dv] of one layer into the slots that `append` gave out."""
+        if layer not in self.keys:
+            for memory, new in ((self.keys, keys), (self.values, values)):
+                memory[layer] = new.new_empty(new.shape[0], self.slots, new.shape[2])
+        slots = self.new_slots.to(keys.device)
+        self.keys[layer].index_copy_(1, slots, keys)
+        self.values[layer].index_copy_(1, slots, values)
+
     def check_room(self, b, count):
         """Raise BlockFull unless block b can take `count` more tokens."""
         block = self.blocks[b]
@@ -116,17 +125,14 @@ class SharedCache(Cache):
     # -- what a Hugging Face model asks of its cache ------------------------------------------------------------------
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Write the new keys and values [1, heads, N, D] of one layer into their slots.
+        """Take the new keys and values [1, Hk, N, D] of one layer, and hand them back: only these, not all.
 
-        Returns only the new ones. The model hands what it gets here to its attention function, and ours (chapter 4)
-        reads the memory itself; models that compress their cache (MLA) would expand all of it otherwise.
+        The model gives what it gets here to its attention function, and ours (chapter 4) reads the memory itself.
+        Models with multi-head latent attention come with *latents*, before they expand them to keys and values: what
+        they hand to the attention function is then what has to be written, and chapter 4 does it.
         """
-        if layer_idx not in self.keys:
-            for memory, new in ((self.keys, key_states), (self.values, value_states)):
-                memory[layer_idx] = new.new_empty(new.shape[1], self.slots, new.shape[3])
-        slots = self.new_slots.to(key_states.device)
-        self.keys[layer_idx].index_copy_(1, slots, key_states[0])
-        self.values[layer_idx].index_copy_(1, slots, value_states[0])
+        if not self.ropes[layer_idx].rotates_last:
+            self.write(layer_idx, key_states[0], value_states[0])
         return key_states, value_states
 
     def get_seq_length(self, layer_idx=0):

@@ -153,6 +153,8 @@ def hook(module, query, key, value, attention_mask, scaling=None, hogwild=None, 
                          "which is not implemented here")
     cache, tables, function = hogwild
     layer = module.layer_idx
+    if cache.ropes[layer].rotates_last:  # latent attention: only now are keys and values there to be kept
+        cache.write(layer, key[0], value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = function(query[0], cache.keys[layer], cache.values[layer], tables, cache.ropes[layer], scale, sliding_window)
     return output.transpose(0, 1)[None], None
@@ -161,8 +163,8 @@ def hook(module, query, key, value, attention_mask, scaling=None, hogwild=None, 
 def attach(model):
     """Let `model` attend through the shared cache. Returns the Rope of every layer, checked against the model itself.
 
-    The config says how keys are turned; the model knows. So one token is encoded at two places, and the difference of
-    its keys must be a shift. (Alone in its block, a token attends to itself only, so nothing else differs.)
+    The config says how keys are turned; the model knows. So a few tokens are encoded at two places, and their keys must
+    differ by a shift. (Alone in its block, a token attends to itself only, so nothing else differs.)
     Raises:
         ValueError: this model's positions cannot be moved.
     """
@@ -174,15 +176,17 @@ def attach(model):
     AttentionInterface.register("hogwild", hook)
     AttentionMaskInterface.register("hogwild", lambda *args, **kwargs: None)  # the tables replace all masks
     model.set_attn_implementation("hogwild")
-    cache, distance = shared_cache.SharedCache([1, 1], ropes), 1000
-    for b, position in enumerate((0, distance)):
-        cache.append({b: 1})
-        tables = layouts.fill_tables(cache.blocks, [([b], 1)])
+    tokens, distance = 8, 1000
+    cache = shared_cache.SharedCache([1] * 2 * tokens, ropes)  # every token alone: 8 blocks here, 8 blocks there
+    for position, blocks in ((0, range(tokens)), (distance, range(tokens, 2 * tokens))):
+        cache.append(dict.fromkeys(blocks, 1))
+        tables = layouts.fill_tables(cache.blocks, [([b], 1) for b in blocks])
         tables.position.fill_(position)
-        forward(model, cache, tables, [0], [0])
+        tables.offset.fill_(-position)  # a key that stands at `position` though its index is 0
+        forward(model, cache, tables, range(tokens), [0])
     for layer, keys in cache.keys.items():
-        expected = rope.shift(keys[:, :1], distance, ropes[layer]).float()
-        error = (expected - keys[:, 1:]).norm() / expected.norm()
+        expected = rope.shift(keys[:, :tokens], distance, ropes[layer]).float()
+        error = (expected - keys[:, tokens:]).norm() / expected.norm()
         if not error < 0.02:  # bfloat16 keys differ by 0.004, keys that are turned in another way by about 1
             raise ValueError(f"layer {layer} of this {config.model_type!r} model does not turn its keys by half-split "
                              f"rotary embeddings with the frequencies of its config (relative error {error:.2f})")

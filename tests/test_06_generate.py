@@ -20,6 +20,12 @@ SHORT = "{names} solve this together, in short paragraphs.\n\n{problem}"  # keep
 PROBLEM = "How much is 3 + 4 + 5 + 6? Explain how you add numbers."
 
 
+@pytest.fixture(scope="module")
+def packed(smollm):
+    """The real model with packed weights: its products of two or three rows take half the time."""
+    return import_module("02_shared_cache").pack_linears(copy.deepcopy(smollm[0])), smollm[1]
+
+
 def run_and_record(model, tokenizer, settings, passes, problem=PROBLEM):
     """Run `passes` passes; returns (run, prompt ids as the history had them, logits of each pass)."""
     run = generate.Hogwild(model, tokenizer, problem, settings)
@@ -30,6 +36,30 @@ def run_and_record(model, tokenizer, settings, passes, problem=PROBLEM):
         run.advance()
     history = run.encode(run.prompt, special=tokenizer.chat_template is None)
     return run, history[:-1] if settings.layout == "independent" else history, logits
+
+
+TINY = dict(vocab_size=49152, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
+            num_key_value_heads=2, max_position_embeddings=4096)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+MODELS = {
+    "llama": LlamaConfig(**TINY, head_dim=16), "llama3": LlamaConfig(**TINY, head_dim=16, rope_parameters=LLAMA3),
+    "yarn": LlamaConfig(**TINY, head_dim=16, rope_parameters=YARN), "qwen2": Qwen2Config(**TINY),
+    "qwen3": Qwen3Config(**TINY, head_dim=16),
+    "phi3": Phi3Config(**TINY, pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 1e4,
+                                                                "partial_rotary_factor": 0.5}),
+}
+
+
+def tiny(name):
+    """A random model of that kind, with weights large enough for attention to matter."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(MODELS[name])).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(5.0)
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------------- text rules
@@ -78,12 +108,12 @@ def test_one_worker_writes_what_generate_writes(smollm):
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 @pytest.mark.parametrize("workers", [2, 3])
-def test_every_pass_equals_the_oracle(smollm, monkeypatch, layout, workers):
+def test_every_pass_equals_the_oracle(packed, monkeypatch, layout, workers):
     """100 passes, steps ending at different times: logits within 1e-3 (float32), and the greedy tokens the same.
 
     1e-3: both ways round differently over 30 layers; logits reach 30, and float32 keeps 1e-6 of that per operation.
     """
-    model, tokenizer = smollm
+    model, tokenizer = packed
     natural = generate.step_ended
     monkeypatch.setattr(generate, "step_ended", lambda text: natural(text) or len(text) % 29 == 0)
     settings = generate.Settings(workers=generate.NAMES[:workers], layout=layout, greedy=True, max_passes=100,
@@ -104,9 +134,9 @@ def test_every_pass_equals_the_oracle(smollm, monkeypatch, layout, workers):
     assert worst < 1e-3, worst
 
 
-def test_independent_workers_are_sequential_runs(smollm):
+def test_independent_workers_are_sequential_runs(packed):
     """Worker i of an independent team writes what a single worker with seed + i writes, random numbers included."""
-    model, tokenizer = smollm
+    model, tokenizer = packed
     team = generate.Settings(workers=["A", "B", "C"], layout="independent", max_passes=24, seed=5, check_every=0)
     run, _, _ = run_and_record(model, tokenizer, team, 24)
     for i in range(3):
@@ -118,7 +148,7 @@ def test_independent_workers_are_sequential_runs(smollm):
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_asking_for_the_answer_disturbs_nothing(smollm, layout):
     """A run asked at every fifth pass goes on exactly as one that was never asked, and answers the same when asked twice."""
-    model, tokenizer = smollm
+    model, tokenizer = tiny("llama"), smollm[1]
     settings = generate.Settings(layout=layout, max_passes=30, step_room=64, check_every=40, prompt=SHORT)
     quiet, _, logits = run_and_record(model, tokenizer, settings, 30)
     asked = generate.Hogwild(model, tokenizer, PROBLEM, settings)
@@ -132,9 +162,9 @@ def test_asking_for_the_answer_disturbs_nothing(smollm, layout):
     assert all(first == second for first, second in answers) and any(first for first, _ in answers)
 
 
-def test_the_answer_is_that_of_the_last_workers_view(smollm):
+def test_the_answer_is_that_of_the_last_workers_view(packed):
     """The early stop decodes what the stock model decodes after the last worker's view, written out as one text."""
-    model, tokenizer = smollm
+    model, tokenizer = packed
     settings = generate.Settings(layout="contiguous", max_passes=20, answer_tokens=8, prompt=SHORT, check_every=0)
     run, history, _ = run_and_record(model, tokenizer, settings, 20)
     answer = run.answer()
@@ -157,9 +187,9 @@ def test_the_answer_is_that_of_the_last_workers_view(smollm):
     assert len(first) > 20 and len(last) > 20
 
 
-def test_blocks_hold_what_the_trace_says(smollm, monkeypatch):
+def test_blocks_hold_what_the_trace_says(packed, monkeypatch):
     """The keys of the first layer depend on a token alone: the history's are those of the trace's text, in its order."""
-    model, tokenizer = smollm
+    model, tokenizer = packed
     monkeypatch.setattr(generate, "step_ended", lambda text: len(text) % 31 == 0)
     settings = generate.Settings(max_passes=60, prompt=SHORT, check_every=30)
     run, history, _ = run_and_record(model, tokenizer, settings, 60)
@@ -183,7 +213,7 @@ def test_blocks_hold_what_the_trace_says(smollm, monkeypatch):
 
 def test_checks_come_once_per_so_many_tokens(smollm, monkeypatch):
     """With a check every 20 tokens and steps that end often, 60 passes of 2 workers bring 6 of them, seeded."""
-    model, tokenizer = smollm
+    model, tokenizer = tiny("llama"), smollm[1]
     monkeypatch.setattr(generate, "step_ended", lambda text: len(text) % 5 == 0)
     monkeypatch.setattr(generate, "find_boxed", lambda text: None)
 
@@ -201,7 +231,7 @@ def test_checks_come_once_per_so_many_tokens(smollm, monkeypatch):
 
 def test_a_full_step_is_closed_and_nothing_is_dropped(smollm, monkeypatch):
     """A step that never ends is closed when its room is used up; every fed token is in a block."""
-    model, tokenizer = smollm
+    model, tokenizer = tiny("llama"), smollm[1]
     monkeypatch.setattr(generate, "step_ended", lambda text: False)
     monkeypatch.setattr(generate, "find_boxed", lambda text: None)
     run, history, _ = run_and_record(model, tokenizer, generate.Settings(max_passes=150, step_room=64, prompt=SHORT), 150)
@@ -225,13 +255,13 @@ def test_the_run_stops_and_answers_before_the_context_ends(smollm):
 
 def test_a_failing_pass_leaves_the_blocks_as_they_were(smollm):
     """After an error in the middle of a forward pass, the run can go on as if the pass had not been tried."""
-    model, tokenizer = smollm
+    model, tokenizer = tiny("llama"), smollm[1]
     settings = generate.Settings(max_passes=20, greedy=True, prompt=SHORT)
     expected, _, _ = run_and_record(model, tokenizer, settings, 10)
     run = generate.Hogwild(model, tokenizer, PROBLEM, settings)
     for i in range(10):
         if i == 5:
-            hook = model.model.layers[7].register_forward_pre_hook(lambda *_: 1 / 0)
+            hook = model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 run.advance()
             hook.remove()
@@ -241,7 +271,7 @@ def test_a_failing_pass_leaves_the_blocks_as_they_were(smollm):
 
 def test_end_of_text_ends_a_worker(smollm):
     """Where special tokens are allowed, a worker that ends its text writes no more, and the others go on."""
-    model, tokenizer = smollm
+    model, tokenizer = tiny("llama"), smollm[1]
     settings = generate.Settings(workers=["A", "B"], layout="independent", max_passes=12, forbid_special=False, check_every=0)
     run = generate.Hogwild(model, tokenizer, PROBLEM, settings)
     pick, end = run.sample, min(run.end_ids)
@@ -252,30 +282,6 @@ def test_end_of_text_ends_a_worker(smollm):
 
 
 # ------------------------------------------------------------------------------------------------- other architectures
-
-TINY = dict(vocab_size=49152, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
-            num_key_value_heads=2, max_position_embeddings=4096)
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
-MODELS = {
-    "llama": LlamaConfig(**TINY, head_dim=16), "llama3": LlamaConfig(**TINY, head_dim=16, rope_parameters=LLAMA3),
-    "yarn": LlamaConfig(**TINY, head_dim=16, rope_parameters=YARN), "qwen2": Qwen2Config(**TINY),
-    "qwen3": Qwen3Config(**TINY, head_dim=16),
-    "phi3": Phi3Config(**TINY, pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 1e4,
-                                                                "partial_rotary_factor": 0.5}),
-}
-
-
-def tiny(name):
-    """A random model of that kind, with weights large enough for attention to matter."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS[name]).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            parameter.mul_(5.0)
-    return model
-
 
 @pytest.mark.parametrize("layout", ["combined", "contiguous", "interleaved"])
 @pytest.mark.parametrize("name", MODELS)
