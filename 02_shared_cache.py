@@ -29,6 +29,7 @@ from time import perf_counter
 
 import psutil
 import torch
+from huggingface_hub import model_info, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
 rope = import_module("01_rope_shift")
@@ -181,6 +182,8 @@ def load_model(name=None, device="cpu", dtype="auto"):
     path = bundled_gguf() if name is None else Path(name)
     if path.suffix == ".gguf" and not path.is_file():
         raise ValueError(f"there is no GGUF file {str(path)!r}")
+    if not path.exists():
+        check_hub(name)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -197,9 +200,22 @@ def load_model(name=None, device="cpu", dtype="auto"):
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first_line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"model {name!r} could not be loaded: give a name on the Hugging Face hub (which must be in "
-                         f"reach), a local folder, or a GGUF file. The loader said: {first_line}") from error
+        raise ValueError(f"model {name!r} could not be loaded; the loader says: {first_line}") from error
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def check_hub(name):
+    """Raise ValueError unless the model `name` is in the hub's local cache or can be had from the Hugging Face hub.
+
+    One short question, since the loaders would repeat theirs for most of a minute before they give up.
+    """
+    try:
+        if try_to_load_from_cache(name, "config.json") is None:
+            model_info(name, timeout=10)
+    except Exception as error:  # the errors differ from one version of the hub's client to the next
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"model {name!r} is neither a folder here nor to be had from the Hugging Face hub ({reason}); "
+                         "give a hub name, a local folder, or a GGUF file") from error
 
 
 def pack_linears(model):
@@ -221,7 +237,10 @@ def pack_linears(model):
 
 
 def _packed_linear(weight, bias, x):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    rows = x.shape[-2]
+    if rows < 4:  # oneDNN is slower with 1 to 3 rows than with 4, so the missing ones are added and dropped again
+        x = torch.nn.functional.pad(x, (0, 0, 0, 4 - rows))
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")[..., :rows, :]
 
 
 # ---------------------------------------------------------------------------------------------------- what one can see

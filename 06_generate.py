@@ -111,7 +111,7 @@ SOLO_PROMPT = "{problem}\n\nReason step by step, and put your final answer withi
 FORBID = ["</think>", "##", " ##", "###", " ###", "####", " ####"]  # ends of thought, and headings: those are ours
 PROBLEM = """Tom has 3 red apples and 5 green apples. Ann has 4 red apples and 2 green apples. How many apples of each colour are
 there, and how many altogether?"""
-NAMES = "Alice Bob Carol Dave Erin Frank Grace Heidi Ivan Judy Mallory Niaj Olivia Peggy Rupert Sybil".split()
+NAMES = ["Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi", "Ivan", "Judy", "Mallory", "Niaj", "Olivia", "Peggy", "Rupert", "Sybil"]
 
 # ------------------------------------------------------------------------------------------------- two rules about text
 

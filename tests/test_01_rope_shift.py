@@ -14,6 +14,7 @@ rope = import_module("01_rope_shift")
 check = partial(settings, deadline=None, max_examples=60)
 SEEDS, DISTANCES = st.integers(0, 2 ** 32), st.integers(-100_000, 100_000)
 U = 2.0 ** -24  # one float32 rounding changes a number by at most U times its size
+FREQUENCIES = torch.tensor([1, 0.2, 0.01, 1e-4], dtype=torch.float64)  # [R/2], radians per position
 TURN = 4 * U * 8  # a rotation is 4 roundings (cosine, sine, product, sum) of pairs that are shorter than 8
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -72,11 +73,6 @@ def turn(x, angles, last=False):
     return result
 
 
-def random_rope(half, **options):
-    """Frequencies from 1 to 1e-4 radians per position, as models have them."""
-    return rope.Rope(10.0 ** (-4 * torch.rand(half, dtype=torch.float64)), **options)
-
-
 def close(actual, expected, error):
     """Equal up to `error`, and not by both being zero."""
     return actual.shape == expected.shape and expected.abs().max() > 0 and ((actual - expected).abs() <= error).all()
@@ -117,10 +113,9 @@ def test_what_cannot_be_moved_is_refused(config, complaint):
 @example(position=100_000)
 def test_angles_are_exact_far_out(position):
     """Cosines at position 100,000 are as good as near 0: those of arithmetic with 30 digits, rounded to float32."""
-    inv_freq = 1e4 ** -(torch.arange(8).double() / 8)
-    for mine, exact in zip(rope.cos_sin(rope.Rope(inv_freq), position), (mpmath.cos, mpmath.sin)):
+    for mine, exact in zip(rope.cos_sin(rope.Rope(FREQUENCIES), position), (mpmath.cos, mpmath.sin)):
         with mpmath.workdps(30):
-            theirs = torch.tensor([float(exact(mpmath.mpf(f) * position)) for f in inv_freq.tolist()])
+            theirs = torch.tensor([float(exact(mpmath.mpf(f) * position)) for f in FREQUENCIES.tolist()])
         # numbers below 1 are rounded by U / 2, twice here; a float64 angle is off by 1e6 * 2^-53 (a float32 one: 0.06)
         assert (mine - theirs).abs().max() <= U + 2e-10
 
@@ -152,13 +147,13 @@ def test_rotate_is_complex_multiplication(seed, half, rest, last):
 @given(seed=SEEDS, a=st.lists(DISTANCES, min_size=1, max_size=6), b=DISTANCES, last=st.booleans(),
        dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_shifts_compose(seed, a, b, last, dtype):
-    """Every slot moves by its distance, exact up to one rounding, unscaled; two moves are one by the sum; -a undoes a."""
+    """Every slot moves by its distance, exact up to one rounding, unscaled; two moves are one; -a undoes a."""
     torch.manual_seed(seed)
-    layer, u = random_rope(4, attention_scaling=1.3, rotates_last=last), torch.finfo(dtype).eps / 2
+    layer, u = rope.Rope(FREQUENCIES, attention_scaling=1.3, rotates_last=last), torch.finfo(dtype).eps / 2
     keys, a, move = torch.randn(2, len(a), 11).to(dtype), torch.tensor(a), partial(rope.shift, rope=layer)  # [Hk, S, D]
-    once, exact = move(keys, a), turn(keys, a[:, None] * layer.inv_freq, last)
+    once, exact = move(keys, a), turn(keys, a[:, None] * FREQUENCIES, last)
     assert once.dtype == dtype and close(once, exact, u * exact.abs() + TURN)  # the arithmetic is float32 in any case
-    both = turn(keys, (a[:, None] + b) * layer.inv_freq, last)
+    both = turn(keys, (a[:, None] + b) * FREQUENCIES, last)
     assert close(move(once, b), both, 2 * (8 * u + TURN))  # two roundings of numbers below 8
     assert close(move(once, -a), keys.double(), 2 * (8 * u + TURN))
 
@@ -168,10 +163,10 @@ def test_shifts_compose(seed, a, b, last, dtype):
 def test_scores_depend_on_the_distance_alone(seed, position, distance):
     """A key at p and a query at p + d score what the unturned key and the query turned by d do, wherever p is."""
     torch.manual_seed(seed)
-    layer, (q, k) = random_rope(8), torch.randn(2, 20, 16)
+    layer, (q, k) = rope.Rope(FREQUENCIES), torch.randn(2, 20, 8)
     scores = (rope.shift(q, position + distance, layer) * rope.shift(k, position, layer)).sum(-1)
-    # a sum of 16 products of numbers that are below 8 and off by TURN each (and of its own roundings, as many again)
-    assert close(scores, (turn(q, distance * layer.inv_freq) * k).sum(-1), 2 * 16 * 2 * 8 * TURN)
+    # a sum of 8 products of numbers that are below 8 and off by TURN each (and of its own roundings, as many again)
+    assert close(scores, (turn(q, distance * FREQUENCIES) * k).sum(-1), 2 * 8 * 2 * 8 * TURN)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 rope = import_module("01_rope_shift")
@@ -30,30 +30,35 @@ def turn(x, layer):
 
 
 def write(cache, layer, keys, values):
-    """What a model does at a layer: it turns its keys [heads, N, D] to their in-block indices and updates the cache."""
-    new = keys[None], values[None]
+    """What a model does at a layer with its new values and (turned) keys [heads, N, D]."""
+    latent = LAYERS[layer][3].rotates_last  # latent attention shows the cache something else, and writes later
+    new = (torch.randn(1, 1, keys.shape[1], 5),) * 2 if latent else (keys[None], values[None])
     returned = cache.update(*new, layer, {"sliding_window": None}, is_causal=True)
     assert returned[0] is new[0] and returned[1] is new[1]  # only the new ones come back
+    if latent:
+        cache.write(layer, keys, values)
 
 
 class Memory(RuleBasedStateMachine):
-    """The oracle keeps, for each block, a plain list of the tokens in it: [(unturned key, value) of each layer]."""
+    """Appends, moves and cuts; the oracle: per block, a plain list of tokens, [(unturned key, value) of each layer]."""
 
-    @initialize(rooms=st.lists(st.integers(0, 12), min_size=2, max_size=4), seed=st.integers(0, 2 ** 32))
+    @initialize(rooms=st.lists(st.sampled_from([20, 8, 3, 0]), min_size=2, max_size=4), seed=st.integers(0, 2 ** 32))
     def begin(self, rooms, seed):
         self.cache = chapter.SharedCache(rooms, [layer[3] for layer in LAYERS])
         self.rooms, self.generator, self.moves, self.addresses = rooms, torch.Generator().manual_seed(seed), 0, []
         self.tokens = [[] for _ in rooms]
 
     def refuses(self, action, *args):
-        with pytest.raises(chapter.BlockFull, match="no room") as refusal:
+        """In one line; and nothing changes, which is checked after every rule."""
+        slots = self.cache.new_slots
+        with pytest.raises(chapter.BlockFull, match="^block . has .* no room for .* more$"):
             action(*args)
-        assert "\n" not in str(refusal.value)  # that nothing has changed is checked after every rule
+        assert self.cache.new_slots is slots
 
     @rule(data=st.data())
     def append(self, data):
-        order = data.draw(st.permutations(range(len(self.rooms))))[:data.draw(st.integers(1, 4))]
-        counts = {b: data.draw(st.integers(0, 5)) for b in order}
+        order = data.draw(st.permutations(range(len(self.rooms))))[:data.draw(st.integers(1, 3))]
+        counts = {b: data.draw(st.integers(0, 6)) for b in order}
         if any(len(self.tokens[b]) + count > self.rooms[b] for b, count in counts.items()):
             return self.refuses(self.cache.append, counts)
         self.cache.append(counts)
@@ -72,9 +77,12 @@ class Memory(RuleBasedStateMachine):
     def random(self, *shape):
         return torch.randn(shape, generator=self.generator)
 
+    @precondition(lambda self: any(self.tokens))
     @rule(data=st.data())
     def move(self, data):
-        source, target = data.draw(st.permutations(range(len(self.rooms))))[:2]
+        blocks = range(len(self.rooms))
+        source = data.draw(st.sampled_from([b for b in blocks if self.tokens[b]] + [0]))  # (0 may well be empty)
+        target = data.draw(st.sampled_from([b for b in blocks if b != source]))
         if len(self.tokens[source]) + len(self.tokens[target]) > self.rooms[target]:
             return self.refuses(self.cache.move, source, target)
         self.cache.move(source, target)
@@ -82,11 +90,13 @@ class Memory(RuleBasedStateMachine):
         self.tokens[source] = []
         self.moves += 1
 
+    @precondition(lambda self: any(self.tokens))
     @rule(data=st.data())
     def cut(self, data):
         b = data.draw(st.integers(0, len(self.rooms) - 1))
-        length = data.draw(st.sampled_from([0, 0, 1, 2, 3, -1, len(self.tokens[b]), len(self.tokens[b]) + 1]))
-        if 0 <= length <= len(self.tokens[b]):
+        now = len(self.tokens[b])
+        length = data.draw(st.sampled_from([now, now - 1, now // 2, 0, now + 1, -1]))  # (0 clears the block)
+        if 0 <= length <= now:
             self.cache.cut(b, length)
             del self.tokens[b][length:]
         else:
@@ -111,23 +121,7 @@ class Memory(RuleBasedStateMachine):
 
 
 TestMemory = Memory.TestCase
-TestMemory.settings = check(stateful_step_count=20)
-
-
-def test_one_full_block_stops_the_whole_append():
-    """The last of three blocks is full: nothing is written to the other two either, and no slot is handed out."""
-    cache = chapter.SharedCache([4, 4, 4], [layer[3] for layer in LAYERS])
-    cache.append({0: 1, 1: 2, 2: 4})
-    write(cache, 0, torch.randn(2, 7, 4), torch.randn(2, 7, 4))
-    before = cache.keys[0].clone(), cache.values[0].clone(), cache.new_slots.tolist()
-    with pytest.raises(chapter.BlockFull, match="block 2 has 4 slots, 4 of them in use: no room for 1 more"):
-        cache.append({1: 1, 0: 3, 2: 1})
-    with pytest.raises(chapter.BlockFull, match="block 0 has 4 slots, 1 of them in use: no room for 4 more"):
-        cache.move(2, 0)
-    assert [block.length for block in cache.blocks] == [1, 2, 4] and cache.new_slots.tolist() == before[2]
-    written = [0, 4, 5, 8, 9, 10, 11]  # literally: blocks start at 0, 4 and 8
-    assert torch.equal(cache.keys[0][:, written], before[0][:, written]) and before[2] == written
-    assert torch.equal(cache.values[0][:, written], before[1][:, written])
+TestMemory.settings = check(stateful_step_count=30)
 
 
 @pytest.mark.parametrize("dtype, size", [(torch.float32, 4), (torch.bfloat16, 2)])
@@ -156,12 +150,10 @@ def test_a_model_is_told_that_nothing_is_cached():
 
 SIZES = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 4, "pad_token_id": 0}
-MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
 
 
-@pytest.mark.parametrize("config", [
-    hf.LlamaConfig(**SIZES), hf.Gemma3TextConfig(**SIZES, head_dim=16, layer_types=["sliding_attention", "full_attention"]),
-    hf.DeepseekV3Config(**SIZES, **MLA, first_k_dense_replace=2)], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("config", [hf.LlamaConfig(**SIZES), hf.Gemma3TextConfig(
+    **SIZES, head_dim=16, layer_types=["sliding_attention", "full_attention"])], ids=lambda config: config.model_type)
 def test_a_moved_block_holds_what_attention_would_read_there(config):
     """A text encoded in its block and moved behind 5 tokens: the keys that the model's attention gets at position 5."""
     def recording(module, query, key, value, *args, **kwargs):
@@ -185,8 +177,8 @@ def test_a_moved_block_holds_what_attention_would_read_there(config):
 
 
 @pytest.mark.parametrize("name, device, complaint", [
-    ("none.gguf", "cpu", "there is no GGUF file '.*none.gguf'"), ("none", "cpu", "model '.*none' could not be loaded"),
-    (".", "cuda:99", "device 'cuda:99' is not available"), (".", "nonsense", "device 'nonsense' is not available")])
+    ("none.gguf", "cpu", "'.*none.gguf'"), ("no-folder", "cpu", "model '.*no-folder'"),
+    (".", "cuda:99", "device 'cuda:99'"), (".", "nonsense", "device 'nonsense'")])
 def test_what_cannot_be_loaded_is_refused(name, device, complaint, tmp_path, monkeypatch):
     """A file, a folder or a device that is not there is named in one line, before any weights are read."""
     monkeypatch.setattr(chapter.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights"))

@@ -6,8 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (AutoModelForCausalLM, DeepseekV3Config, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, Phi3Config,
-                          Qwen2Config, Qwen3Config)
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 attend = import_module("04_query_rotation")
 layouts = import_module("03_layouts")
