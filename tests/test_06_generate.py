@@ -31,7 +31,7 @@ def run_and_record(model, tokenizer, settings, passes, problem=PROBLEM):
     feed, logits = run._feed, []
     run._feed = lambda writers: logits.append(feed(writers).clone()) or logits[-1].clone()
     for _ in range(passes):
-        assert run.over is None
+        assert run.ending is None
         run.advance()
     history = run.encode(run.prompt, special=tokenizer.chat_template is None)
     return run, history[:-1] if settings.layout == "independent" else history, logits
@@ -68,7 +68,8 @@ def tiny(name):
     ("(it is 5.)\n\n", True), ("**It is 5.**\n\n", True), ("It is $x = 5.$\n\n", True), ('He said "it is 5."\n\n', True),
     ("它是五。\n\n", True), ("See `a.`\n\n", True), ("f(x) = $5$.\n\n", True),
     ("So it is 5.\n", False), ("So it is 5. \n\nAnd", False), ("The cases are:\n\n", False), ("first,\n\n", False),
-    ("one; \n\n", False), ("5\n\n", False), ("", False), ("\n\n", False), ("**Bob [2]:** ", False), ("5.\n\n**Bob [2]:** ", False),
+    ("one; \n\n", False), ("5\n\n", False), ("", False), ("\n\n", False), ("**Bob [2]:** ", False),
+    ("5.\n\n**Bob [2]:** ", False),
     ("```python\nprint(5).\n\n", False), ("```python\nprint(5)\n```\nThat prints 5.\n\n", True),
 ])
 def test_a_step_ends_in_a_blank_line_after_a_sentence(text, ended):
@@ -79,7 +80,8 @@ def test_a_step_ends_in_a_blank_line_after_a_sentence(text, ended):
 @pytest.mark.parametrize("text, answer", [
     (r"\boxed{42}", "42"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"a \boxed{1} b \boxed{ 2 } c", "2"),
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{1} and \boxed{2", "1"), (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
-    (r"\boxed {7}", "7"), (r"\boxed{a_{b_{c}}}", "a_{b_{c}}"), ("boxed{3}", None), (r"\boxed{3", None), (r"\boxed{}", None), ("", None),
+    (r"\boxed {7}", "7"), (r"\boxed{a_{b_{c}}}", "a_{b_{c}}"), ("boxed{3}", None), (r"\boxed{3", None),
+    (r"\boxed{}", None), ("", None),
 ])
 def test_the_last_complete_box_is_the_answer(text, answer):
     """Nested braces count, escaped ones do not, an unclosed or empty box is none."""
@@ -95,12 +97,12 @@ def test_one_worker_writes_what_generate_writes(smollm):
     settings = generate.Settings(workers=["Alice"], layout="independent", greedy=True, max_passes=200, check_every=0, forbid=[])
     run = generate.Hogwild(copy.deepcopy(model), tokenizer, PROBLEM, settings)
     prompt = run.encode(run.prompt)
-    while run.over is None:
+    while run.ending is None:
         run.advance()
         run.boxed = None
     written = [record["sampled"][0] for record in run.passes]
-    expected = model.generate(torch.tensor([prompt]), max_new_tokens=200, do_sample=False, suppress_tokens=run.forbidden.tolist(),
-                              eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist()
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0,
+                              suppress_tokens=run.forbidden.tolist())[0, len(prompt):].tolist()
     assert len(written) == 200 and len(set(written)) > 20
     assert written == expected
 
@@ -124,8 +126,8 @@ def test_every_pass_equals_the_oracle(packed, monkeypatch, layout, workers):
         closed = [c["worker"] for record in run.passes for c in record["closed"]]
         assert {*closed} == {*range(workers)} and any(len(record["closed"]) == 1 for record in run.passes)
     worst = 0.0
-    for ours, theirs, record in zip(logits, oracle.replay(model, layout, workers, history, run.separators, run.passes),
-                                    run.passes, strict=True):
+    replay = oracle.replay(model, layout, workers, history, [*run.separators.values()], run.passes)
+    for ours, theirs, record in zip(logits, replay, run.passes, strict=True):
         worst = max(worst, (ours - theirs).abs().max().item())
         allowed = theirs.clone()
         allowed[:, run.forbidden] = float("-inf")
@@ -148,7 +150,7 @@ def test_independent_workers_are_sequential_runs(packed):
 def test_asking_for_the_answer_disturbs_nothing(smollm, layout):
     """A run asked at every fifth pass goes on exactly as one that was never asked, and answers the same when asked twice."""
     model, tokenizer = tiny("llama"), smollm[1]
-    settings = generate.Settings(layout=layout, max_passes=30, step_room=64, check_every=40, prompt=SHORT)
+    settings = generate.Settings(layout=layout, max_passes=30, max_step=64, check_every=40, prompt=SHORT)
     quiet, _, logits = run_and_record(model, tokenizer, settings, 30)
     asked = generate.Hogwild(model, tokenizer, PROBLEM, settings)
     answers = []
@@ -219,7 +221,7 @@ def test_checks_come_once_per_so_many_tokens(smollm, monkeypatch):
     def checks(every, seed=0):
         settings = generate.Settings(max_passes=60, check_every=every, prompt=SHORT, seed=seed)
         run, _, _ = run_and_record(model, tokenizer, settings, 60)
-        opened = [c for r in run.passes for c in r["closed"] if c["check"]]
+        opened = [c for r in run.passes for c in r["closed"] if c["opens_with_check"]]
         assert all(c["opened"].endswith(generate.CHECK) for c in opened)
         return [c["worker"] for c in opened], sum(w.check_due for w in run.workers)
 
@@ -233,7 +235,7 @@ def test_a_full_step_is_closed_and_nothing_is_dropped(smollm, monkeypatch):
     model, tokenizer = tiny("llama"), smollm[1]
     monkeypatch.setattr(generate, "step_ended", lambda text: False)
     monkeypatch.setattr(generate, "find_boxed", lambda text: None)
-    run, history, _ = run_and_record(model, tokenizer, generate.Settings(max_passes=150, step_room=64, prompt=SHORT), 150)
+    run, history, _ = run_and_record(model, tokenizer, generate.Settings(max_passes=150, max_step=64, prompt=SHORT), 150)
     closed = [c for r in run.passes for c in r["closed"]]
     assert len(closed) >= 4
     fed = sum(len(ids) for r in run.passes for ids in r["fed"].values())
@@ -246,10 +248,10 @@ def test_the_run_stops_and_answers_before_the_context_ends(smollm):
     model = copy.deepcopy(model)
     model.config.max_position_embeddings = 240
     run = generate.Hogwild(model, tokenizer, PROBLEM, generate.Settings(workers=generate.NAMES[:3], prompt=SHORT))
-    while run.over is None:
+    while run.ending is None:
         run.advance()
         assert run.longest_view + run.reserve <= 240
-    assert run.over == "context" and len(run.passes) > 5 and run.answer() is not None
+    assert run.ending == "context" and len(run.passes) > 5 and run.answer() is not None
 
 
 def test_a_failing_pass_leaves_the_blocks_as_they_were(smollm):
@@ -275,9 +277,9 @@ def test_end_of_text_ends_a_worker(smollm):
     run = generate.Hogwild(model, tokenizer, PROBLEM, settings)
     pick, end = run.sample, min(run.end_ids)
     run.sample = lambda logits, writing: [end if w.index == 0 and len(run.passes) == 4 else 100 for w in writing]
-    while run.over is None:
+    while run.ending is None:
         run.advance()
-    assert [len(r["sampled"]) for r in run.passes] == [2] * 5 + [1] * 7 and run.over == "passes" and callable(pick)
+    assert [len(r["sampled"]) for r in run.passes] == [2] * 5 + [1] * 7 and run.ending == "passes" and callable(pick)
 
 
 # ------------------------------------------------------------------------------------------------- other architectures
@@ -292,7 +294,7 @@ def test_other_architectures_equal_the_oracle(smollm, monkeypatch, name, layout)
     settings = generate.Settings(workers=["A", "Beatrix", "C"], layout=layout, max_passes=30, prompt=SHORT, temperature=1.0)
     run, history, logits = run_and_record(model, tokenizer, settings, 30)
     model.set_attn_implementation("eager")
-    replay = oracle.replay(model, layout, 3, history, run.separators, run.passes)
+    replay = oracle.replay(model, layout, 3, history, [*run.separators.values()], run.passes)
     difference = max((ours - theirs).abs().max().item() for ours, theirs in zip(logits, replay, strict=True))
     assert difference < 1e-3 and max(x.abs().max().item() for x in logits) > 1
 
@@ -333,7 +335,8 @@ def test_wrong_input_is_refused_in_one_sentence(case, capsys):
 
 
 @pytest.mark.parametrize("config, word", [
-    ({"model_type": "gpt2"}, "rotary"), ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+    ({"model_type": "gpt2"}, "rotary"),
+    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     ({"max_position_embeddings": 64}, "shorten"),
 ])
 def test_unusable_models_are_refused(smollm, config, word):
@@ -369,7 +372,8 @@ def test_the_command_line_solves_and_saves(saved):
     assert "[OK]" in process.stdout and "Answer:" in process.stdout and "**Alice [1]:**" in process.stdout
     trace = json.loads(path.read_text())
     assert trace["settings"]["workers"] == ["Alice", "Bob"] and len(trace["passes"]) <= 60 and trace["versions"]["torch"]
-    assert trace["tokens"] == 2 * len(trace["passes"]) and trace["answer"] is not None and "<svg" in path.with_suffix(".svg").read_text()
+    assert trace["tokens"] == 2 * len(trace["passes"]) and trace["answer"] is not None
+    assert "<svg" in path.with_suffix(".svg").read_text()
 
 
 def test_replay_shows_the_same_text(saved, capsys, monkeypatch):
@@ -391,8 +395,8 @@ def test_the_live_display_runs_on_a_terminal(saved):
     fast = path.with_name("fast.json")
     fast.write_text(json.dumps(trace))
     master, slave = pty.openpty()
-    process = subprocess.Popen([sys.executable, str(ROOT / "06_generate.py"), "--replay", str(fast)], stdout=slave, stderr=slave,
-                               env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"})
+    process = subprocess.Popen([sys.executable, str(ROOT / "06_generate.py"), "--replay", str(fast)],
+                               stdout=slave, stderr=slave, env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"})
     os.close(slave)
     output = b""
     while True:
