@@ -631,7 +631,7 @@ class Screen:
         parts = [grid, Text(self.figures(), style="dim")]
         if self.moves:
             past = Text("\n\n").join(self.styled(worker, text.strip()) for worker, text in self.history[-40:])
-            parts.insert(0, Panel(last_lines(past, width - 4, height - rows - 4), title="past steps",
+            parts.insert(0, Panel(last_lines(past, width - 4, height - rows - 5), title="past steps",
                                   height=height - rows - 3, border_style="white"))
         return Group(*parts)
 
@@ -706,7 +706,7 @@ def parse(argv):
     how.add_argument("--top-p", type=float, metavar="P", help="default: the model's own, or 0.95")
     how.add_argument("--top-k", type=int, metavar="K", help="default: the model's own, or 50; 0 for no limit")
     how.add_argument("--forbid", nargs="*", default=default.forbid, metavar="TOKEN",
-                     help=f"tokens that workers may not write, besides special ones (default: {' '.join(map(repr, FORBIDDEN))})")
+                     help=f"what workers may not write, besides special tokens (default: {' '.join(map(repr, FORBIDDEN))})")
     show = parser.add_argument_group("showing and keeping")
     show.add_argument("--no-live", action="store_true", help="plain lines instead of the live display")
     show.add_argument("--save", metavar="FILE", help="write the trace of the run, also if it is interrupted or fails")

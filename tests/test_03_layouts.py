@@ -55,7 +55,7 @@ def assert_tables(tables, rows, writers):
 @check()
 @given(seed=st.integers(0, 2 ** 32), workers=st.integers(1, 5), shared=st.integers(0, 4))
 def test_tables_of_any_views(seed, workers, shared):
-    """Any orders of rows, blocks that stand several times or are empty, any number of new tokens: distances are right."""
+    """Any order of rows, blocks that stand several times or are empty, any number of new tokens: distances fit."""
     pick = random.Random(seed)
     counts = [pick.choice([0, 1, 1, 1, 5]) for _ in range(workers)]
     lengths = [count + pick.choice([0, 1, 7]) for count in counts] + [pick.choice([0, 1, 9]) for _ in range(shared)]

@@ -396,7 +396,8 @@ def test_the_live_display_runs_on_a_terminal(saved):
     fast.write_text(json.dumps(trace))
     master, slave = pty.openpty()
     process = subprocess.Popen([sys.executable, str(ROOT / "06_generate.py"), "--replay", str(fast)],
-                               stdout=slave, stderr=slave, env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"})
+                               stdout=slave, stderr=slave,
+                               env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"})
     os.close(slave)
     output = b""
     while True:
