@@ -6,7 +6,7 @@ position once the text before it grows. Encoding the text again for each of them
 
 The way out. Rotary embeddings (RoPE) write a position into a key by *turning* it: dimension pair i of a key at
 position p is turned by the angle p * inv_freq[i]. Turning once more by d * inv_freq[i] is all it takes to move the key
-from p to p + d (paper, section 3.1). This file builds exactly that, for every RoPE type of transformers:
+from p to p + d (paper, section 3.1). This file builds exactly that, for every RoPE type whose angles stay fixed:
 
     inverse_frequencies   the angles per position, from any Hugging Face config
     rotate                turn vectors by given angles
@@ -44,7 +44,7 @@ def inverse_frequencies(config, layer_type=None):
 
     Args:
         config: the config of any decoder with rotary embeddings (default, linear, llama3, yarn, longrope, ...).
-        layer_type: "full_attention" or "sliding_attention" where a model turns them differently (Gemma 3).
+        layer_type: "full_attention" or "sliding_attention" where a model turns them differently (Gemma 3), else ignored.
     Returns:
         Rope, whose inv_freq is [R/2] float64. longrope gives its short factors: they hold up to
         `original_max_position_embeddings`, and a cache cannot change its frequencies half-way.
@@ -53,10 +53,10 @@ def inverse_frequencies(config, layer_type=None):
     """
     config = config.get_text_config()
     parameters = getattr(config, "rope_parameters", None)
-    if parameters and layer_type is not None:
-        parameters = parameters[layer_type]
     if not parameters:
-        raise ValueError(f"a model with rotary position embeddings is needed, and {config.model_type!r} has none")
+        raise ValueError(f"a model with rotary position embeddings is needed; the config of {config.model_type!r} names none")
+    layer_type = layer_type if layer_type in parameters else None
+    parameters = parameters[layer_type] if layer_type else parameters
     kind = parameters.get("rope_type", "default")
     if kind == "dynamic":
         raise ValueError("RoPE type 'dynamic' is refused: its angles change as the text grows, so a cached key would "
@@ -77,10 +77,13 @@ def inverse_frequencies(config, layer_type=None):
 def layer_ropes(config):
     """The Rope of each layer, as a list. Layers of one type share one object (all of them, in most models)."""
     config = config.get_text_config()
-    types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-    if types[0] not in (getattr(config, "rope_parameters", None) or {}):  # one rotation for all layers
-        types = [None] * config.num_hidden_layers
-    ropes = {layer_type: inverse_frequencies(config, layer_type) for layer_type in set(types)}
+    try:
+        types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+        if types[0] not in (getattr(config, "rope_parameters", None) or {}):  # one rotation for all layers
+            types = [None] * config.num_hidden_layers
+        ropes = {layer_type: inverse_frequencies(config, layer_type) for layer_type in set(types)}
+    except (KeyError, AttributeError) as error:
+        raise ValueError(f"the rotary embeddings of {config.model_type!r} cannot be read off its config: {error}") from error
     return [ropes[layer_type] for layer_type in types]
 
 

@@ -92,8 +92,13 @@ class SharedCache(Cache):
         """Move block `source` to the end of block `target`; `source` is empty then.
 
         Index j becomes target.length + j, so all keys turn by the same angle: the cost depends on the length of the
-        source alone. Raises BlockFull.
+        source alone.
+        Raises:
+            BlockFull: the target has too little room. No block has changed then.
+            ValueError: source and target are one block.
         """
+        if source == target:
+            raise ValueError(f"block {source} cannot be moved to its own end")
         src, dst = self.blocks[source], self.blocks[target]
         self.check_room(target, src.length)
         here = slice(src.start, src.start + src.length)
@@ -143,7 +148,7 @@ class SharedCache(Cache):
         return 0
 
     def get_mask_sizes(self, query_length, layer_idx=0):
-        """Only the new tokens are returned by `update`, so a mask that the model builds covers only those."""
+        """(length, offset) of the keys that a mask has to cover: the new ones, since `update` returns only those."""
         return query_length, 0
 
 
@@ -181,15 +186,15 @@ def load_model(name=None, device="cpu", dtype="auto"):
     Raises:
         ValueError: one sentence on what is missing: no such model, hub out of reach, device not there.
     """
-    path = bundled_gguf() if name is None else Path(name)
-    if path.suffix == ".gguf" and not path.is_file():
-        raise ValueError(f"there is no GGUF file {str(path)!r}")
-    if not path.exists():
-        check_hub(name)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not available on this machine") from error
+    path = bundled_gguf() if name is None else Path(name)
+    if path.suffix == ".gguf" and not path.is_file():
+        raise ValueError(f"there is no GGUF file {str(path)!r}")
+    if not path.exists():
+        check_hub(str(name))
     source = {"pretrained_model_name_or_path": name}
     if path.suffix == ".gguf":
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -200,7 +205,7 @@ def load_model(name=None, device="cpu", dtype="auto"):
         with silence:
             tokenizer = AutoTokenizer.from_pretrained(**source)
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # of any kind: a damaged file, a missing package, an architecture that is not known
         first_line = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"model {name!r} could not be loaded; the loader says: {first_line}") from error
     return model.to(device).eval().requires_grad_(False), tokenizer
@@ -225,8 +230,9 @@ def pack_linears(model):
 
     A decoding pass multiplies one row per worker by every weight, which should cost what *reading* the weight costs.
     PyTorch's default product takes longer than that, and in float32 up to twice as long for 2 to 4 rows as for one; on
-    reordered weights 4 rows take no longer than one. Results differ by rounding only. The originals stay, since the
-    embedding may share them, so this happens only where memory allows it; other devices and dtypes are left alone.
+    reordered weights 4 rows take no longer than one. Results differ by rounding only. For inference: there is no gradient
+    through it, and later changes of a weight go unnoticed. The originals stay, since the embedding may share them, so
+    this happens only where memory allows it; other devices and dtypes are left alone.
     """
     linears = [module for module in model.modules() if type(module) is torch.nn.Linear
                and module.weight.device.type == "cpu" and module.weight.dtype in (torch.float32, torch.bfloat16)]

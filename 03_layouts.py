@@ -60,8 +60,10 @@ def layout(name, workers):
     """Build one of the four layouts (paper, section 3.2 and appendix A) for `workers` workers.
 
     Raises:
-        ValueError: the name is not one of LAYOUTS.
+        ValueError: the name is not one of LAYOUTS, or there is no worker.
     """
+    if workers < 1:
+        raise ValueError(f"a layout of {workers} workers was asked for; at least 1 is needed")
     if name not in LAYOUTS:
         raise ValueError(f"layout {name!r} is not known; choose one of {', '.join(LAYOUTS)}")
     views = [LAYOUTS[name](worker, workers) for worker in range(workers)]
@@ -88,7 +90,7 @@ def interleaved(worker, workers):
 
 
 def combined(worker, workers):
-    """History, then every other worker's unfinished step, closed by dots, then mine; with headings in between."""
+    """History, then every other worker's unfinished step, closed by dots, then mine; with separators in between."""
     others, own, dots = workers + 1, workers + 2, workers + 3  # rows; row dots + k is the k-th copy of the dots
     in_progress = [1 + w for w in range(workers) if w != worker]
     closed = [row for k, step in enumerate(in_progress) for row in (step, dots + k)]
@@ -119,7 +121,8 @@ def fill_tables(rows, writers):
     Args:
         rows: the Block of each row, a list of B. Their lengths already include the new tokens (chapter 2's `append`).
         writers: pairs (view, count), one per block that is written in this pass: the writer's rows in view order, its
-            own block last, and how many new tokens it has. The packed row of N tokens follows this order.
+            own block last, and how many new tokens it has. The packed row of N tokens follows this order. A row stands
+            at most once in a view, and the own block in no other row of it.
     """
     total = sum(count for _, count in writers)  # N; numpy, because small assignments cost it a quarter of torch's time
     position = np.zeros(total, np.int64)  # [N]
@@ -172,7 +175,7 @@ def play(name, passes):
             own, history = cache.blocks[1 + worker], cache.blocks[HISTORY]
             finished = plan.moves and own.length >= HEADER + STEPS[worker]
             pending[worker] = HEADER if finished else 1
-            if finished:
+            if finished:  # (chapter 6 keeps the token that ended the step for the next block; this toy does not)
                 for j in range(own.length):
                     slots[history.start + history.length + j] = slots[own.start + j]
                 cache.move(1 + worker, HISTORY)
@@ -216,8 +219,8 @@ def main():
                 assert distances_in_view(view, rows) == distances_in_tables(tables, n)
                 checked += len(distances_in_view(view, rows))
         console.print()
-    name, *_ = LAYOUTS
-    *_, (plan, rows, writers, tables, slots) = play(name, passes=9)
+    name = "combined"
+    _, _, _, tables, _ = [*play(name, passes=9)][-1]
     words = ["history", *NAMES, "(others)", "(own)", *["<...>"] * 2]
     console.print(f"The two tables of the last pass of {name!r}: a row per block, a column per new token, offset/visible")
     for b, word in enumerate(words):

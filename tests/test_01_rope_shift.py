@@ -100,7 +100,7 @@ def test_frequencies_are_the_models_own(name, positions):
 
 
 @pytest.mark.parametrize("config, complaint", [(llama(rope_type="dynamic", factor=2.0), "dynamic"),
-                                               (hf.GPT2Config(), "'gpt2' has none")])
+                                               (hf.GPT2Config(), "'gpt2' names none")])
 def test_what_cannot_be_moved_is_refused(config, complaint):
     """Angles that depend on the length seen, and a model without rotation, are refused in one sentence."""
     with pytest.raises(ValueError, match=complaint) as refusal:
