@@ -540,10 +540,14 @@ def load_trace(path):
         raise ValueError(f"{path!r} is not a trace: {error}") from error
     if not isinstance(trace, dict) or trace.get("format") != "hogwild-trace-1":
         raise ValueError(f"{path!r} is not a trace that --save wrote")
-    for record in trace["passes"]:  # JSON turned the worker numbers into strings
-        for key in ("fed", "sampled", "text"):
-            record[key] = {int(worker): value for worker, value in record[key].items()}
-    trace["opening"] = {int(worker): text for worker, text in trace["opening"].items()}
+    try:
+        Settings(**trace["settings"])
+        for record in trace["passes"]:  # JSON turned the worker numbers into strings
+            for key in ("fed", "sampled", "text"):
+                record[key] = {int(worker): value for worker, value in record[key].items()}
+        trace["opening"] = {int(worker): text for worker, text in trace["opening"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"the trace {path!r} is damaged: {type(error).__name__}: {error}") from error
     return trace
 
 
@@ -770,7 +774,7 @@ def replay(path, console, live):
 def collaborate(args, settings, problem, console, live):
     """Load the model and run the workers. Returns (screen, trace); the trace says how it ended, whatever happened."""
     name = args.model or f"SmolLM2-135M-Instruct ({shared_cache.BUNDLED})"
-    console.print(f"loading {name} ...", style="dim", soft_wrap=True)
+    console.print(f"loading {name} ...", style="dim", soft_wrap=True, markup=False)
     device = args.device or best_device()
     if device == "cpu":  # leave a core to the rest of the machine: one thread that has to wait makes all the others wait
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
@@ -805,14 +809,18 @@ def main(argv=None):
         else:
             settings, problem = settings_of(args), read_problem(args)
             for path in filter(None, (args.save, args.svg)):
-                if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
-                    raise ValueError(f"{path!r} cannot be written: give a file name in a folder that exists")
+                folder = Path(path).resolve().parent
+                if not folder.is_dir() or Path(path).is_dir() or not os.access(folder, os.W_OK):
+                    raise ValueError(f"{path!r} cannot be written: give a file name in a folder that exists and is writable")
             screen, trace = collaborate(args, settings, problem, console, live)
     except ValueError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     screen.finish()
     report(console, trace)
     if args.svg:
