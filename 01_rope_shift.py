@@ -82,7 +82,7 @@ def layer_ropes(config):
         if types[0] not in (getattr(config, "rope_parameters", None) or {}):  # one rotation for all layers
             types = [None] * config.num_hidden_layers
         ropes = {layer_type: inverse_frequencies(config, layer_type) for layer_type in set(types)}
-    except (KeyError, AttributeError) as error:
+    except (KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the rotary embeddings of {config.model_type!r} cannot be read off its config: {error}") from error
     return [ropes[layer_type] for layer_type in types]
 

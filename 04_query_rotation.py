@@ -164,7 +164,7 @@ def hook(module, query, key, value, attention_mask, scaling=None, hogwild=None, 
         cache.write(layer, key[0], value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = function(query[0], cache.keys[layer], cache.values[layer], tables, cache.ropes[layer], scale, sliding_window)
-    return output.transpose(0, 1)[None], None
+    return output.transpose(0, 1)[None].contiguous(), None
 
 
 def attach(model):
@@ -190,7 +190,10 @@ def attach(model):
         tables = layouts.fill_tables(cache.blocks, [([b], 1) for b in blocks])
         tables.position.fill_(position)
         tables.offset.fill_(-position)  # keeps the distance at 0, which sliding windows look at
-        forward(model, cache, tables, range(tokens), [0])
+        try:
+            forward(model, cache, tables, range(tokens), [0])
+        except RuntimeError as error:
+            raise ValueError(f"{config.model_type!r} models cannot attend through the shared cache: {error}") from error
     for layer, keys in cache.keys.items():
         expected = rope.shift(keys[:, :tokens], distance, ropes[layer]).float()
         error = (expected - keys[:, tokens:]).norm() / expected.norm()
@@ -210,6 +213,9 @@ def forward(model, cache, tables, ids, last, function=attention):
     Returns:
         logits [len(last), vocabulary].
     """
+    if model.config.get_text_config()._attn_implementation != "hogwild":
+        raise ValueError("this model does not attend through the shared cache: transformers cannot give it another attention, "
+                         "or it was given another one after attach()")
     ids, last, position = (torch.as_tensor(t, device=model.device) for t in (ids, last, tables.position))
     with torch.no_grad():
         output = model(ids[None], position_ids=position[None], past_key_values=cache, use_cache=True,

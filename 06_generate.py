@@ -252,9 +252,11 @@ class Hogwild:
             first, prompt_ids = [prompt_ids[-1:]] * len(self.settings.workers), prompt_ids[:-1]
         self.workers = [Worker(name, i, torch.Generator().manual_seed(self.settings.seed + i), ids, ids=list(ids))
                         for i, (name, ids) in enumerate(zip(self.settings.workers, first))]
-        self.opening = {w.index: self._new_text(w) if self.layout.headers else "" for w in self.workers}
+        begun = {w.index: self._new_text(w) for w in self.workers}
+        self.opening = begun if self.layout.headers else dict.fromkeys(begun, "")  # (the prompt's last token is nobody's text)
         self.finisher = self.encode(FINISHER)
-        self.reserve = len(self.finisher) + self.settings.answer_tokens  # always kept free, for the early stop
+        self.opening_room = 2 + max(len(self.encode("\n\n" + header(name, 9999) + CHECK)) for name in self.settings.workers)
+        self.reserve = len(self.finisher) + self.settings.answer_tokens + self.opening_room  # kept free for the early stop
         self.separators = {name: self.encode(SEPARATORS[name]) for name in self.layout.separator_views}
         self.context = self._context()
         self.cache = shared_cache.SharedCache(self._rooms(prompt_ids), ropes)
@@ -306,9 +308,13 @@ class Hogwild:
         for messages in ([*system, {"role": "user", "content": task}],
                          [{"role": "user", "content": f"{rules}\n\n{task}".lstrip()}]):
             try:
-                return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            except jinja2.TemplateError as error:
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except (jinja2.TemplateError, TypeError) as error:
                 refusal = error
+                continue
+            if all(message["content"].strip() in text for message in messages):
+                return text
+            refusal = "it drops what it is given"
         raise ValueError(f"the chat template of this model cannot be used: {refusal}")
 
     def _end_ids(self):
@@ -324,29 +330,34 @@ class Hogwild:
             token = self.encode(text)
             if len(token) == 1:  # a text of several tokens (such as </think> for a model that has no such token) is
                 ids.add(token[0])  # never written by accident
-        return torch.tensor(sorted(i for i in ids if i < self.model.get_output_embeddings().weight.shape[0]))
+        return torch.tensor(sorted(i for i in ids if i < self.model.get_output_embeddings().weight.shape[0]),
+                            dtype=torch.long)
 
     def _sampling(self):
-        """The model's own way of sampling: (its temperature and top-p as logits processors, its top-k)."""
+        """The model's own way of sampling: (temperature and top-p as logits processors, or None for greedy; top-k)."""
         def pick(name, default):
             chosen, own = getattr(self.settings, name), getattr(self.model.generation_config, name, None)
             return chosen if chosen is not None else own if own is not None else default
 
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(pick("temperature", 0.6)))])
+        temperature = float(pick("temperature", 0.6))
+        if self.settings.greedy or temperature < 1e-3:
+            return None, 0
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
         if pick("top_p", 0.95) < 1:
             warpers.append(TopPLogitsWarper(float(pick("top_p", 0.95))))
-        return warpers, pick("top_k", 50)
+        return warpers, max(0, pick("top_k", 50))
 
     def _context(self):
         config = self.model.config.get_text_config()
         parameters = getattr(config, "rope_parameters", None) or {}
-        if parameters.get("rope_type") == "longrope":  # beyond that the model turns its keys by other angles
+        if parameters.get("rope_type") == "longrope" or parameters.get("llama_4_scaling_beta"):
+            # beyond that the model turns its keys by other angles, or scales its queries by their position
             return parameters["original_max_position_embeddings"]
         return config.max_position_embeddings
 
     def _rooms(self, prompt_ids):
         """Slots per block, for the worst case: a memory that never grows. No block outgrows the context."""
-        opening = 2 + max(len(self.encode("\n\n" + header(name, 9999) + CHECK)) for name in self.settings.workers)
+        opening = self.opening_room
         written = self.settings.max_passes * opening  # by one worker, if each pass ended a step and opened the next
         history = len(prompt_ids) + (len(self.workers) * written if self.layout.moves else 0)
         own = (min(written, self.settings.max_step) if self.layout.moves else written) + opening + self.reserve
@@ -412,14 +423,20 @@ class Hogwild:
         """One forward pass of all workers; each of them writes one token. Returns (and keeps) the record of the pass."""
         start = time.perf_counter()
         writing = [w for w in self.workers if not w.finished]
+        lengths = [block.length for block in self.cache.blocks]
         logits = self._feed([(self.layout.views[w.index], w.pending) for w in writing])
+        try:
+            tokens = self.sample(logits, writing)
+        except BaseException:
+            self._cut_back(lengths)
+            raise
         record = {"fed": {}, "sampled": {}, "text": {}, "closed": []}
-        for w, token in zip(writing, self.sample(logits, writing)):
+        for w, token in zip(writing, tokens):
             record["fed"][w.index], record["sampled"][w.index] = w.pending, token
             w.pending = [token]
             w.ids.append(token)
             w.finished = token in self.end_ids
-        self._schedule_check(writing)
+        self._schedule_check(writing, len(writing))
         for w in writing:
             text = self.decode(w.ids)
             if "}" in text[w.shown:]:
@@ -436,8 +453,10 @@ class Hogwild:
     def sample(self, logits, writing):
         """Pick one token per worker from logits [workers, vocabulary], each with the worker's own random numbers."""
         logits = logits.float()
+        if logits.isnan().any():
+            raise ValueError("the model computes NaN; another --dtype may help (float32 or bfloat16)")
         logits[:, self.forbidden.to(logits.device)] = float("-inf")
-        if self.settings.greedy:
+        if self.warpers is None:
             return logits.argmax(-1).tolist()
         ids = None
         if self.top_k:  # the k best first: temperature and top-p then have k numbers to look at, not a vocabulary
@@ -446,11 +465,12 @@ class Hogwild:
         picks = [torch.multinomial(p, 1, generator=w.generator) for p, w in zip(weights, writing)]
         return [int(pick) if ids is None else int(ids[i, pick]) for i, pick in enumerate(picks)]
 
-    def _schedule_check(self, writing):
+    def _schedule_check(self, writing, count):
         """Once every `check_every` generated tokens, one worker is asked a question as it opens its next step."""
         every, before = self.settings.check_every, self.generated
-        self.generated += len(writing)
-        if every and self.generated // every > before // every and self.layout.headers:
+        self.generated += count
+        writing = [w for w in writing if not w.finished]
+        if every and writing and self.generated // every > before // every and self.layout.headers:
             self.check_generator.choice(writing).check_due = True
 
     def _close_step(self, w):
@@ -493,6 +513,9 @@ class Hogwild:
         view, last, text, ids = self.layout.final_view, self.workers[-1], "", []
         writers = [(self.layout.views[w.index], w.pending) for w in self.workers[:-1] if not w.finished]
         feed = ([] if last.finished else last.pending) + self.finisher
+        coming = sum(len(ids) for _, ids in writers) + len(feed) + self.settings.answer_tokens
+        if self.longest_view + coming > self.context:
+            writers = []  # the context ends here: the others' newest tokens are left out
         try:
             while len(ids) < self.settings.answer_tokens:
                 logits = self._feed([*writers, (view, feed)])[-1]
@@ -501,8 +524,9 @@ class Hogwild:
                     break
                 ids.append(token)
                 text = self.decode(ids)
-                if find_boxed("\\boxed{" + text):
-                    return find_boxed("\\boxed{" + text)
+                closed = find_boxed("\\boxed{_" + text)  # with the _ an empty box ends here, too
+                if closed:
+                    return closed[1:].strip()
                 writers, feed = [], [token]
             return text.strip()
         finally:
@@ -536,12 +560,13 @@ def load_trace(path):
         trace = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"the trace {path!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path!r} is not a trace: {error}") from error
     if not isinstance(trace, dict) or trace.get("format") != "hogwild-trace-1":
         raise ValueError(f"{path!r} is not a trace that --save wrote")
     try:
-        Settings(**trace["settings"])
+        for key in ("problem", "settings", "context", "tokens", "ending", "answer", "error"):
+            trace[key]
         for record in trace["passes"]:  # JSON turned the worker numbers into strings
             for key in ("fed", "sampled", "text"):
                 record[key] = {int(worker): value for worker, value in record[key].items()}
@@ -624,19 +649,25 @@ class Screen:
         rows = max(5, (height - 6) // 2 if self.moves else height - 6)
 
         def last_lines(text, columns, lines):
-            return Text("\n").join(text.wrap(self.console, max(8, columns))[-lines:])
+            return Text("\n").join(text.wrap(self.console, max(1, columns))[-max(1, lines):])
 
         grid = Table.grid(expand=True)
         inner = width // len(self.names) - 4
-        for _ in self.names:
-            grid.add_column(ratio=1)
-        grid.add_row(*(Panel(last_lines(self.styled(i, self.current[i].strip()), inner, rows - 2), title=name, height=rows,
-                             border_style=COLOURS[i % len(COLOURS)]) for i, name in enumerate(self.names)))
+        if inner >= 12:
+            for _ in self.names:
+                grid.add_column(ratio=1)
+            grid.add_row(*(Panel(last_lines(self.styled(i, self.current[i].strip()), inner, rows - 2), title=name, height=rows,
+                                 border_style=COLOURS[i % len(COLOURS)]) for i, name in enumerate(self.names)))
+        else:  # too many workers for columns: one line each, the end of what they write
+            rows = len(self.names)
+            for i, name in enumerate(self.names):
+                tail = " ".join(self.current[i].split())[-max(1, width - len(name) - 3):]
+                grid.add_row(Text.assemble((f"{name}: ", "bold"), self.styled(i, tail), no_wrap=True))
         parts = [grid, Text(self.figures(), style="dim")]
         if self.moves:
             past = Text("\n\n").join(self.styled(worker, text.strip()) for worker, text in self.history[-40:])
             parts.insert(0, Panel(last_lines(past, width - 4, height - rows - 5), title="past steps",
-                                  height=height - rows - 3, border_style="white"))
+                                  height=max(3, height - rows - 3), border_style="white"))
         return Group(*parts)
 
     def finish(self):
@@ -748,9 +779,26 @@ def read_problem(args):
         problem = read_text(args.file, "problem")
     else:
         problem = sys.stdin.read() if args.problem == "-" else PROBLEM if args.problem is None else args.problem
+    try:
+        problem.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the problem is not valid UTF-8 text") from error
     if not problem.strip():  # (said here too, before a model is loaded)
         raise ValueError("the problem is empty; give the workers something to solve")
     return problem
+
+
+def check_writable(path):
+    """Raise ValueError, before anything is computed, if a file cannot be written in the end."""
+    part = Path(f"{path}.part")
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("it is no ordinary file")
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise ValueError(f"{path!r} cannot be written ({error.strerror or error}): give a file name in a folder that exists "
+                         "and is writable") from error
 
 
 def best_device():
@@ -761,13 +809,17 @@ def best_device():
 def replay(path, console, live):
     """Show a saved run again, at the pace at which it went."""
     trace = load_trace(path)
-    settings = trace["settings"]
-    with Screen(settings["workers"], trace["opening"], settings["layout"] in ("combined", "interleaved"), live,
-                trace["problem"].strip(), trace["context"], console) as screen:
-        for record in trace["passes"]:
-            screen.show(record)
-            if live:
-                time.sleep(record["seconds"])
+    try:
+        settings = Settings(**trace["settings"])
+        moves = layouts.layout(settings.layout, len(settings.workers)).moves
+        title, context = trace["problem"].strip(), trace["context"]
+        with Screen(settings.workers, trace["opening"], moves, live, title, context, console) as screen:
+            for record in trace["passes"]:
+                screen.show(record)
+                if live:
+                    time.sleep(record["seconds"])
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"the trace {path!r} is damaged: {type(error).__name__}: {error}") from error
     return screen, trace
 
 
@@ -781,16 +833,17 @@ def collaborate(args, settings, problem, console, live):
     model, tokenizer = shared_cache.load_model(args.model, device, args.dtype)
     run = Hogwild(shared_cache.pack_linears(model), tokenizer, problem, settings)
     ending, answer, error = None, None, None
-    with Screen(settings.workers, run.opening, run.layout.moves, live, problem.strip(), run.context, console) as screen:
-        try:
+    screen = Screen(settings.workers, run.opening, run.layout.moves, live, problem.strip(), run.context, console)
+    try:
+        with screen:
             while run.ending is None:
                 screen.show(run.advance())
             ending = run.ending
             answer = run.answer()
-        except KeyboardInterrupt:
-            ending = "interrupted"
-        except Exception as failure:  # whatever fails in there, what was computed is kept
-            ending, error = f"failed: {type(failure).__name__}: {failure}", traceback.format_exc()
+    except KeyboardInterrupt:
+        ending = "interrupted"
+    except (Exception, SystemExit) as failure:  # whatever fails in there (rich exits when nobody reads), nothing is lost
+        ending, error = f"failed: {type(failure).__name__}: {failure}", traceback.format_exc()
     trace = trace_of(run, name, ending, answer, error)
     if args.save:
         save_trace(args.save, trace)
@@ -802,25 +855,22 @@ def main(argv=None):
     args = parse(argv)
     console = Console(highlight=False)
     live = console.is_terminal and not args.no_live
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # treat it like Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # treat it like Ctrl-C
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another one
     try:
+        for path in filter(None, (args.save, args.svg)):
+            check_writable(path)
         if args.replay:
             screen, trace = replay(args.replay, console, live)
         else:
             settings, problem = settings_of(args), read_problem(args)
-            for path in filter(None, (args.save, args.svg)):
-                folder = Path(path).resolve().parent
-                if not folder.is_dir() or Path(path).is_dir() or not os.access(folder, os.W_OK):
-                    raise ValueError(f"{path!r} cannot be written: give a file name in a folder that exists and is writable")
             screen, trace = collaborate(args, settings, problem, console, live)
-    except ValueError as error:
+    except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: out of memory, for instance
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     screen.finish()
     report(console, trace)
     if args.svg:
