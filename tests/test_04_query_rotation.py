@@ -183,10 +183,11 @@ def test_one_text_in_many_blocks_equals_the_stock_model(name):
 
 def test_models_that_would_be_answered_wrongly_are_refused():
     """Interleaved or missing rotation, soft-capped scores: an error of one sentence, never a wrong answer."""
-    from transformers import CohereConfig, Gemma2Config, SmolLM3Config
+    from transformers import CohereConfig, FalconConfig, Gemma2Config, SmolLM3Config
     tokens = dict(eos_token_id=1, bos_token_id=1, pad_token_id=0)
     refused = [(CohereConfig(**TINY, **tokens), "does not turn"),
                (SmolLM3Config(**TINY, **tokens, no_rope_layers=[1, 1, 0, 1]), "does not turn"),
+               (FalconConfig(vocab_size=256, hidden_size=48, num_hidden_layers=2, num_attention_heads=6), "does not attend"),
                (Gemma2Config(**TINY, head_dim=16), "softcap")]
     for config, word in refused:
         with pytest.raises(ValueError, match=word) as refusal:

@@ -248,26 +248,62 @@ def test_the_run_stops_and_answers_before_the_context_ends(smollm):
     model = copy.deepcopy(model)
     model.config.max_position_embeddings = 240
     run = generate.Hogwild(model, tokenizer, PROBLEM, generate.Settings(workers=generate.NAMES[:3], prompt=SHORT))
+    feed, longest = run._feed, []
+
+    def watch(writers):
+        logits = feed(writers)
+        longest.append(run.longest_view)
+        return logits
+    run._feed = watch
     while run.ending is None:
         run.advance()
-        assert run.longest_view + run.reserve <= 240
     assert run.ending == "context" and len(run.passes) > 5 and run.answer() is not None
+    assert 180 < max(longest) <= 240, max(longest)
 
 
-def test_a_failing_pass_leaves_the_blocks_as_they_were(smollm):
-    """After an error in the middle of a forward pass, the run can go on as if the pass had not been tried."""
+@pytest.mark.parametrize("where", ["model", "sample"])
+def test_a_failing_pass_leaves_the_blocks_as_they_were(smollm, where):
+    """After an error in the model or in the choice of tokens, the run can go on as if the pass had not been tried."""
     model, tokenizer = tiny("llama"), smollm[1]
     settings = generate.Settings(max_passes=20, greedy=True, prompt=SHORT)
     expected, _, _ = run_and_record(model, tokenizer, settings, 10)
     run = generate.Hogwild(model, tokenizer, PROBLEM, settings)
     for i in range(10):
         if i == 5:
-            hook = model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
+            sample = run.sample
+            hook = model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0 if where == "model" else None)
+            run.sample = lambda *_: 1 / 0
             with pytest.raises(ZeroDivisionError):
                 run.advance()
+            run.sample = sample
             hook.remove()
         run.advance()
     assert [r["sampled"] for r in run.passes] == [r["sampled"] for r in expected.passes]
+
+
+def test_a_model_whose_attention_was_reset_is_noticed(smollm):
+    """A comparison with `generate` in the middle of a run must not make the run go on with another attention."""
+    model = tiny("llama")
+    run = generate.Hogwild(model, smollm[1], PROBLEM, generate.Settings(prompt=SHORT))
+    run.advance()
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="shared cache"):
+        run.advance()
+
+
+@pytest.mark.parametrize("written, answer", [("7} and so on", "7"), (" }\n\nNow", ""), ("}. So \\boxed{8}", "")])
+def test_an_answer_ends_at_its_brace(smollm, written, answer):
+    """The early stop ends at the closing brace, even if there is nothing before it."""
+    model, tokenizer = tiny("llama"), smollm[1]
+    run = generate.Hogwild(model, tokenizer, PROBLEM, generate.Settings(prompt=SHORT))
+    ids = run.encode(written)
+    feed, calls = run._feed, []
+
+    def force(writers):
+        calls.append(feed(writers))
+        return torch.nn.functional.one_hot(torch.tensor([ids[len(calls) - 1]]), 49152).float()
+    run._feed = force
+    assert run.answer() == answer
 
 
 def test_end_of_text_ends_a_worker(smollm):
@@ -411,6 +447,27 @@ def test_the_live_display_runs_on_a_terminal(saved):
     assert process.wait(60) == 0
     text = output.decode(errors="replace")
     assert "past steps" in text and "╭" in text and "tokens/s" in text and "[OK]" in text
+
+
+def test_a_reader_who_leaves_does_not_cost_the_trace(smollm, tmp_path, monkeypatch):
+    """When the display gives up (rich exits when nobody reads its output), the passes so far are saved."""
+    path, show = tmp_path / "trace.json", generate.Screen.show
+    monkeypatch.setattr(generate.Screen, "show", lambda self, r: sys.exit(1) if self.passes == 5 else show(self, r))
+    monkeypatch.setattr(generate.shared_cache, "load_model", lambda *_: (tiny("llama"), smollm[1]))
+    assert generate.main(["--save", str(path), "--max-passes", "30"]) == 1
+    assert len(json.loads(path.read_text())["passes"]) == 6
+
+
+def test_sixteen_workers_fit_on_a_narrow_terminal():
+    """Too many for columns: everybody still has a line with the end of what they write."""
+    import io
+
+    from rich.console import Console
+    console = Console(file=io.StringIO(), width=80, height=40, force_terminal=True)
+    opening = {i: f"words of {name}" for i, name in enumerate(generate.NAMES)}
+    screen = generate.Screen(generate.NAMES, opening, True, True, "", 100, console)
+    console.print(screen.frame())
+    assert all(f"words of {name}" in console.file.getvalue() for name in generate.NAMES)
 
 
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
