@@ -436,7 +436,7 @@ class Hogwild:
             w.pending = [token]
             w.ids.append(token)
             w.finished = token in self.end_ids
-        self._schedule_check(writing, len(writing))
+        self._schedule_check(writing)
         for w in writing:
             text = self.decode(w.ids)
             if "}" in text[w.shown:]:
@@ -465,10 +465,10 @@ class Hogwild:
         picks = [torch.multinomial(p, 1, generator=w.generator) for p, w in zip(weights, writing)]
         return [int(pick) if ids is None else int(ids[i, pick]) for i, pick in enumerate(picks)]
 
-    def _schedule_check(self, writing, count):
+    def _schedule_check(self, writing):
         """Once every `check_every` generated tokens, one worker is asked a question as it opens its next step."""
         every, before = self.settings.check_every, self.generated
-        self.generated += count
+        self.generated += len(writing)
         writing = [w for w in writing if not w.finished]
         if every and writing and self.generated // every > before // every and self.layout.headers:
             self.check_generator.choice(writing).check_due = True
