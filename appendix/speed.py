@@ -173,17 +173,18 @@ def main():
         print(f"  outside the model (tables, sampling, text, live display), 4 workers, 2,048 tokens: {100 * share:.1f} % "
               f"of {1e3 * seconds:.1f} ms")
         for workers in args.workers:
-            before = peak_memory()
             step = shared_step(ours, ropes, 8192, workers)
-            one_copy = 2 * 8192 * ours.config.num_hidden_layers * ours.config.num_key_value_heads * ours.config.head_dim * 4
-            base = peak_memory()
+            peak_memory()
+            resident = peak_memory()  # just started anew, the peak is what is resident now
             for _ in range(3):
                 step()
-            after = peak_memory()
-            if before is not None:
-                whole = sum(m.nbytes for m in (*step.cache.keys.values(), *step.cache.values.values()))
+            peak = peak_memory()
+            if peak is not None:
+                config, cache = ours.config, step.cache
+                one_copy = 2 * 8192 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+                whole = sum(m.nbytes for m in (*cache.keys.values(), *cache.values.values()))
                 print(f"  {workers} workers at 8,192 tokens: cache {whole / 2**20:.0f} MiB (one copy of what is seen: "
-                      f"{one_copy / 2**20:.0f} MiB), peak during steps {(after - base) / 2**20:+.0f} MiB")
+                      f"{one_copy / 2**20:.0f} MiB), peak during steps {(peak - resident) / 2**20:+.1f} MiB")
             del step
 
 
