@@ -221,10 +221,10 @@ class Hogwild:
                      "opened", "opens_with_check"}],     and the words with which the next one opens
          "view": tokens in the longest view, "seconds": float}
 
-    How a step ends. Bob's block holds `**Bob [1]:** It is`; pending is ` 5`. Two passes later he has sampled `.` and a
-    blank line, which ends the step: the block, `**Bob [1]:** It is 5.`, moves to the history. The blank line was sampled
-    but not fed, so it comes first in the new block: pending is now the blank line and `**Bob [2]:** `, 9 tokens, which
-    the next pass feeds while everybody else feeds one. (Where full stop and blank line are one token, it is that token.)
+    How a step ends. Bob's block holds `**Bob [1]:** It is 5.`; the token that he samples now completes a blank line, so the
+    step is over: the block moves to the history. That token was sampled but not fed, so it comes first in the new block:
+    pending are now that token and `**Bob [2]:** `, which the next pass feeds while everybody else feeds one token.
+    (Where a tokenizer has full stop and blank line in one token, the full stop moves along to the next block.)
 
     Args:
         model, tokenizer: any causal language model of transformers with rotary embeddings (chapter 2's load_model).
