@@ -1,0 +1,477 @@
+r"""Chapter 5: the same attention as one GPU kernel, and a decoding pass that replays as one CUDA graph.
+
+The problem. On a GPU, decoding waits for memory. Per cached token and key head, a pass reads 2 D numbers (a key and a
+value) and multiplies each of them once per query: W workers times G heads per group. In bfloat16 that is 2 W G operations
+for 2 bytes; an H200 could do about 200 operations in the time in which it reads one byte. So the least time that a pass
+can take is known beforehand: the bytes of all cached keys and values, each read *once*, over the bandwidth. Chapter 4's
+function on a GPU is far from it: it widens keys, writes scores to memory and reads them back, and launches dozens of
+kernels, none of which does much.
+
+What this file builds:
+
+    kernel      chapter 4's function in one launch: rotation, scores, softmax, values and the final merge
+    attention   its wrapper, with the signature of chapter 4
+    Decoder     chapter 4's `forward` with this attention; on a GPU it records the pass of one token per worker once, as a
+                CUDA graph, and replays it, so that Python no longer has to launch a thousand kernels per pass
+
+Four ideas, each a few lines of the kernel:
+
+1. Queries of all workers and of the G heads that share a key are one matrix of M = G N rows. A tile of keys is loaded
+   once and multiplied with all of them: four workers read as many bytes as one.
+2. A GPU has a hundred processors, and the blocks of a cache are of very different lengths (a history of 8,000 tokens, a
+   separator of 6). So the tiles of all blocks are thought of as one long list, and each program takes an *equal span* of
+   it, wherever that begins and ends. With one program per block, all would wait for the history.
+3. A program keeps, per query, the largest score so far (`peak`), the sum of weights (`total`) and the weighted sum of
+   values (`result`). Where a larger score comes, the old sums shrink by 2^(old peak - new peak): the softmax over what was
+   seen is always exact, whatever the order.
+4. The partial softmaxes of two programs are merged in just the same way, so splitting the list changes rounding only.
+   Whoever finishes last merges: no second launch.
+
+What to notice: the kernel reads lengths and tables from device memory, so a recorded launch may be replayed after they
+have changed. Left out: gradients, and (chapter 4 has no limit there either) anything about which worker sees what.
+
+Run it: python 05_triton_kernel.py          (without a GPU in Triton's interpreter: slow, but the same kernel)
+"""
+import os
+import sys
+import time
+from dataclasses import replace
+from functools import lru_cache, partial
+from importlib import import_module
+from statistics import median
+
+import torch
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # has to be set before anything imports Triton, as transformers does
+
+import torch.nn.functional as F
+from rich.console import Console
+from rich.text import Text
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    MISSING = ("chapter 5 needs Triton 3.6 or newer (Linux: pip install triton==3.9.0), which is not installed here; all other "
+               "chapters run without it")
+    if __name__ == "__main__":
+        sys.exit(MISSING)
+    raise ImportError(MISSING) from error
+
+rope = import_module("01_rope_shift")
+shared_cache = import_module("02_shared_cache")
+layouts = import_module("03_layouts")
+query_rotation = import_module("04_query_rotation")
+
+NOTHING = tl.constexpr(-1e30)  # the score of what is not seen. Not -inf: -inf - -inf is NaN, where a whole span is hidden
+
+
+@triton.jit(do_not_specialize=["rows", "new"])
+def kernel(q, k, v, out, cos, sin, start, position, offset, visible, first, bounds,  # what is given (see `attention`)
+           partial, peaks, totals, arrived,  # what programs leave for each other
+           rows, new, scale, q_head, q_token, k_head, k_slot, v_head, v_slot, out_head, out_token,  # B, N, factor, strides
+           GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, DV: tl.constexpr,  # G, R/2, D - R, Dv
+           TURNED: tl.constexpr, SAME: tl.constexpr,  # first turned and first unturned dimension of a key
+           WINDOW: tl.constexpr, OPERAND: tl.constexpr,  # OPERAND: dtype of matrix products
+           # sizes of register tiles, powers of two and at least 16:
+           M: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HALF_: tl.constexpr, REST_: tl.constexpr,
+           DV_: tl.constexpr):
+    """One program: an equal span of all tiles, for one key head (its G query heads) and M queries."""
+    split, head, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits = tl.num_programs(0)
+    m = chunk * M + tl.arange(0, M)  # [M] queries of this key head, head by head: m = g * N + n
+    real, n = m < GROUP * new, m % new
+    i, c = tl.arange(0, HALF_), tl.arange(0, DV_)
+    q += (head * GROUP + m // new) * q_head + n * q_token  # [M] where each query begins
+    out += (head * GROUP + m // new) * out_head + n * out_token
+    k += head.to(tl.int64) * k_head
+    v += head.to(tl.int64) * v_head
+
+    # The list of all tiles: row b has the tiles bounds[b] ... bounds[b + 1] - 1. This program does begin ... end - 1.
+    row_ids = tl.arange(0, ROWS)
+    before_row = tl.load(bounds + row_ids, mask=row_ids < rows, other=2**31)  # [ROWS]
+    tiles = tl.load(bounds + rows)
+    begin, end = split * tiles // splits, (split + 1) * tiles // splits
+    first_row, end_row = tl.sum((before_row <= begin).to(tl.int32)) - 1, tl.sum((before_row < end).to(tl.int32))
+
+    peak = tl.full([M], NOTHING, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    result = tl.zeros([M, DV_], tl.float32)
+    for row in range(first_row, end_row):
+        column = row * new + n  # [M] where in the tables [B, N] this row and each query's token meet
+        # Turn the queries for this row. The pairs (i, i + R/2) are two tiles of half the width, and so are the keys below.
+        angle, pair = column[:, None] * HALF + i, real[:, None] & (i < HALF)
+        turn_x, turn_y = tl.load(cos + angle, mask=pair, other=0.0), tl.load(sin + angle, mask=pair, other=0.0)
+        x = tl.load(q[:, None] + TURNED + i, mask=pair, other=0.0).to(tl.float32)
+        y = tl.load(q[:, None] + TURNED + HALF + i, mask=pair, other=0.0).to(tl.float32)
+        q1, q2 = (x * turn_x - y * turn_y).to(OPERAND), (y * turn_x + x * turn_y).to(OPERAND)  # [M, R/2]
+        if REST > 0:
+            d = tl.arange(0, REST_)
+            q3 = tl.load(q[:, None] + SAME + d, mask=real[:, None] & (d < REST), other=0.0).to(OPERAND)  # [M, D - R]
+        sees = tl.load(visible + column, mask=real, other=0)  # [M] how many leading slots
+        here = tl.load(position + n, mask=real, other=0) + tl.load(offset + column, mask=real, other=0)
+        length = tl.max(sees)  # nobody sees more, and memory beyond may be unwritten: it is not read
+        block = tl.load(start + row)
+        row_begin, row_tile = tl.load(bounds + row), tl.load(first + row)
+        for tile in range(tl.maximum(begin - row_begin, 0) + row_tile,
+                          tl.minimum(end, tl.load(bounds + row + 1)) - row_begin + row_tile):
+            j = tile * TILE + tl.arange(0, TILE)  # [TILE] in-block indices
+            written = j[:, None] < length
+            keys = k + (block + j)[:, None] * k_slot
+            k1 = tl.load(keys + TURNED + i, mask=written & (i < HALF), other=0.0).to(OPERAND)  # [TILE, R/2]
+            k2 = tl.load(keys + TURNED + HALF + i, mask=written & (i < HALF), other=0.0).to(OPERAND)
+            values = tl.load(v + (block + j)[:, None] * v_slot + c, mask=written & (c < DV), other=0.0).to(OPERAND)
+            score = tl.dot(q2, tl.trans(k2), tl.dot(q1, tl.trans(k1), input_precision="ieee"), input_precision="ieee")
+            if REST > 0:
+                k3 = tl.load(keys + SAME + d, mask=written & (d < REST), other=0.0).to(OPERAND)
+                score = tl.dot(q3, tl.trans(k3), score, input_precision="ieee")
+            seen = j[None, :] < sees[:, None]
+            if WINDOW > 0:
+                seen &= here[:, None] - j[None, :] < WINDOW  # the distance in the view
+            score = tl.where(seen, score * scale, NOTHING)  # [M, TILE], in units of log 2: exp2 is the GPU's own
+            higher = tl.maximum(peak, tl.max(score, 1))
+            weight = tl.exp2(score - higher[:, None])
+            fade = tl.exp2(peak - higher)  # 0 as soon as the first key is seen: what hidden ones left until then vanishes
+            total = total * fade + tl.sum(weight, 1)
+            result = tl.dot(weight.to(OPERAND), values, result * fade[:, None], input_precision="ieee")
+            peak = higher
+
+    # Leave what this span gave. Whoever comes last merges all spans, in the same way in which tiles were merged above.
+    place = chunk * tl.num_programs(1) + head
+    cells, wide = (place * splits + split) * M + tl.arange(0, M), c < DV
+    tl.store(peaks + cells, peak)
+    tl.store(totals + cells, total)
+    tl.store(partial + cells[:, None] * DV_ + c, result, mask=real[:, None] & wide)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    if tl.atomic_add(arrived + place, 1) == splits - 1:
+        tl.store(arrived + place, 0)  # for the next launch
+        cells = place * splits * M + tl.arange(0, M)
+        peak = tl.full([M], NOTHING, tl.float32)
+        for s in tl.range(splits, loop_unroll_factor=4):
+            peak = tl.maximum(peak, tl.load(peaks + cells + s * M, cache_modifier=".cg"))
+        total = tl.zeros([M], tl.float32)
+        result = tl.zeros([M, DV_], tl.float32)
+        for s in tl.range(splits, loop_unroll_factor=4):
+            fade = tl.exp2(tl.load(peaks + cells + s * M, cache_modifier=".cg") - peak)
+            total += fade * tl.load(totals + cells + s * M, cache_modifier=".cg")
+            part = partial + (cells + s * M)[:, None] * DV_ + c
+            result += fade[:, None] * tl.load(part, mask=real[:, None] & wide, other=0.0, cache_modifier=".cg")
+        tl.store(out[:, None] + c, (result / total[:, None]).to(out.dtype.element_ty), mask=real[:, None] & wide)
+
+INTERPRETED = not isinstance(kernel, triton.JITFunction)
+LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * log2(e))
+
+# One program per processor of the GPU, so that it has all registers and all shared memory there to itself: tiles that are on
+# their way from memory wait in the latter (`stages` of them) while 8 warps compute on one.
+WARPS = 8
+TILE_BYTES = 16384  # size of a tile of keys, and of one of values, and of the queries
+PROGRAMS_IN_THE_INTERPRETER = 8  # they run one after the other there
+
+
+def power_of_two(n):
+    """The smallest register tile that holds n numbers: a power of two, at least 16 (for the matrix units)."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def constants(group, new, size, wide, rows, rotation, window, dtype):
+    """What the kernel is compiled for: G, N, D, Dv, B, the Rope, the window, and the dtype of the keys."""
+    half = len(rotation.inv_freq)
+    room = max(16, TILE_BYTES // (dtype.itemsize * power_of_two(max(size, wide))))  # vectors in a tile
+    operand = torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype  # its bfloat16 products are wrong
+    return dict(GROUP=group, HALF=half, REST=size - 2 * half, DV=wide, WINDOW=window or 0,
+                TURNED=size - 2 * half if rotation.rotates_last else 0, SAME=0 if rotation.rotates_last else 2 * half,
+                OPERAND=getattr(tl, str(operand).removeprefix("torch.")), M=min(64, room, power_of_two(group * new)),
+                TILE=min(128, room), ROWS=power_of_two(rows), HALF_=power_of_two(half),
+                REST_=power_of_two(size - 2 * half), DV_=power_of_two(wide))
+
+
+@lru_cache
+def processors(device):
+    """(programs that run at once, tiles that are on their way at a time) on this device."""
+    if device.type != "cuda":
+        return PROGRAMS_IN_THE_INTERPRETER, 1
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 4 if properties.shared_memory_per_block_optin >= 160 * 1024 else 3
+
+
+@lru_cache
+def on_device(rotation, device):
+    """The Rope with its frequencies on `device`. Copied once: within a graph, nothing can be copied from the host."""
+    return replace(rotation, inv_freq=rotation.inv_freq.to(device))
+
+
+@lru_cache
+def counters(device):
+    """[4096] zeros: for each key head and chunk of queries, how many programs are through. Every launch leaves zeros."""
+    return torch.zeros(4096, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=16)  # all layers of a pass share it: one entry per Rope and window
+def prepare(tables, rotation, window, tile, device):
+    """What the kernel reads besides q, k and v, on the device; made there, so that a graph records how it is made.
+
+    Returns:
+        (cos, sin, start, position, offset, visible, first, bounds): cos, sin [B, N, R/2], the residual rotation of each
+        query for each row; the tables; first [B], the first tile of each row that anybody sees (0 without a window); and
+        bounds [B + 1], the number of tiles before each row.
+    """
+    start, position, offset, visible = (t.to(device) for t in (tables.start, tables.position, tables.offset, tables.visible))
+    near = torch.zeros_like(visible)  # [B, N] first slot that is near enough
+    if window is not None:
+        near = (position + offset - window + 1).clamp(min=0)
+    end = torch.where(near < visible, visible, 0).amax(1)  # [B] the slots that anybody sees end here ...
+    first = torch.where(near < visible, near, end[:, None]).amin(1) // tile  # [B] ... and begin in this tile
+    bounds = F.pad(((end + tile - 1) // tile - first).cumsum(0), (1, 0))  # [B + 1]
+    cos, sin = rope.cos_sin(on_device(rotation, device), offset)
+    return cos, sin, start, position, offset, visible, first, bounds
+
+
+def attention(q, k, v, tables, rotation, scale, window=None, splits=None):
+    """Chapter 4's function in one launch; same arguments, same result. For CUDA tensors (or Triton's interpreter).
+
+    Scores, softmax and sums are float32. In 16 bits, turned queries and weights are rounded on their way into the products;
+    where the offset is 0 a query is not turned, and not rounded again.
+
+    Args:
+        splits: programs per key head and chunk of queries; None: one program per processor.
+    Raises:
+        ValueError: the tensors are not on a GPU, or gradients are wanted.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("the kernel computes no gradients: use chapter 4's attention for training")
+    if q.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"the kernel needs CUDA tensors, and these are on {q.device}: use chapter 4's attention")
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    heads, group, new, size, wide = k.shape[0], q.shape[0] // k.shape[0], q.shape[1], q.shape[2], v.shape[2]  # Hk G N D Dv
+    const = constants(group, new, size, wide, len(tables.start), rotation, window, k.dtype)
+    programs, stages = processors(q.device)
+    chunks = triton.cdiv(group * new, const["M"])
+    splits = splits or max(1, programs // (heads * chunks))
+    given = prepare(tables, rotation, window, const["TILE"], q.device)
+    out = q.new_empty(new, q.shape[0], wide).transpose(0, 1)  # [Hq, N, Dv], in the order in which the model reads on
+    cells = chunks * heads * splits * const["M"]
+    peaks, totals = torch.empty(2, cells, device=q.device)
+    partial = torch.empty(cells, const["DV_"], device=q.device)
+    kernel[splits, heads, chunks](
+        q, k, v, out, *given, partial, peaks, totals, counters(q.device), len(tables.start), new, scale * LOG2_E,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1),
+        **const, num_warps=WARPS, num_stages=stages)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------- the pass around it
+
+class Decoder:
+    """Chapter 4's `forward` with this attention: the same call, the same logits.
+
+    On a GPU, a pass in which every writer feeds one token is recorded as a CUDA graph when it first occurs (once per number
+    of writers) and replayed from then on. Shapes and addresses are the same every time; what changes (ids, slots, and the
+    two tables) is written over the old values before each replay: one copy of a few hundred integers. All other passes
+    (the prompt, a worker who opens a step) launch their kernels one by one.
+
+        forward = Decoder(model)
+        logits = forward(model, cache, tables, ids, last)      valid until the next call
+
+    Args:
+        record: makes a replay out of a function, see record_graph. None: record_graph if the model is on a GPU, else nothing
+            is recorded.
+    """
+
+    def __init__(self, model, record=None):
+        self.record = record or (record_graph if model.device.type == "cuda" else None)
+        self.cache, self.recorded = None, {}  # the cache whose addresses were recorded; shape of the tables -> recording
+
+    def __call__(self, model, cache, tables, ids, last):
+        """One forward pass over N new tokens; arguments and result as in chapter 4."""
+        if self.record and cache.keys and len(ids) == len(last):
+            if self.cache is not cache:
+                self.cache, self.recorded = cache, {}
+            numbers = torch.cat([torch.as_tensor(ids), cache.new_slots, tables.start, tables.position,
+                                 tables.offset.flatten(), tables.visible.flatten()])
+            shape = tables.visible.shape
+            try:
+                if shape not in self.recorded:
+                    self.recorded[shape] = self._record(model, cache, numbers.to(model.device), *shape)
+                static, replay, logits = self.recorded[shape]
+                static.copy_(numbers, non_blocking=True)
+                replay()
+                return logits
+            except RuntimeError as error:
+                self.record = None
+                print(f"no CUDA graph of this model ({str(error).splitlines()[0]}): passes are launched kernel by kernel",
+                      file=sys.stderr)
+        return query_rotation.forward(model, cache, tables, ids, last, attention)
+
+    def _record(self, model, cache, static, rows, new):
+        """Record a pass that reads the numbers in `static`: (static, replay, logits)."""
+        ids, slots, start, position, offset, visible = static.split([new, new, rows, new, rows * new, rows * new])
+        last = torch.arange(new, device=static.device)
+
+        def run():
+            cache.new_slots = slots
+            tables = layouts.Tables(start, position, offset.view(rows, new), visible.view(rows, new))
+            return query_rotation.forward(model, cache, tables, ids, last, attention)
+        return static, *self.record(run)
+
+
+def record_graph(run):
+    """Record what `run` launches as a CUDA graph: (a function that launches it all again, the tensor that run returns)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # twice as a warm-up: Triton compiles, libraries choose their algorithms
+        run(), run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    return graph.replay, output
+
+
+# ---------------------------------------------------------------------------------------------------- what one can see
+
+def picture(tables, rotation, names, splits, tile):
+    """Which program reads which tiles: a line per row of the tables, a letter per tile."""
+    bounds = prepare(tables, rotation, None, tile, torch.device("cpu"))[-1].tolist()  # [B + 1]
+    lines = Text()
+    for row, name in enumerate(names):
+        lines.append(f"  {name:9}")
+        for t in range(bounds[row], bounds[row + 1]):
+            program = next(s for s in range(splits) if t < (s + 1) * bounds[-1] // splits)
+            lines.append(chr(ord("A") + program % 26), style=f"black on {COLOURS[program % len(COLOURS)]}")
+        lines.append("\n")
+    return lines
+
+
+COLOURS = ["cyan", "magenta", "green", "yellow", "white", "blue", "red"]
+
+
+def unique_bytes(tables, k, v):
+    """Bytes of all keys and values that any token of the pass sees, each counted once."""
+    lengths = {}
+    for start, visible in zip(tables.start.tolist(), tables.visible.amax(1).tolist()):
+        lengths[start] = max(visible, lengths.get(start, 0))
+    return sum(lengths.values()) * k.shape[0] * (k.shape[2] + v.shape[2]) * k.element_size()
+
+
+def microseconds(function, inputs, repeats=15):
+    """Median time of a call, in microseconds; function(*arguments) is called for each of `inputs` in turn.
+
+    Let the inputs together be larger than the caches, so that each call finds its own data in memory only. On a GPU the
+    calls are recorded as one graph: launched one by one, a kernel of a few microseconds waits for Python.
+    """
+    def calls():
+        for arguments in inputs:
+            output = function(*arguments)
+        return output
+
+    times = []
+    if inputs[0][0].device.type != "cuda":
+        for _ in range(repeats):
+            start = time.perf_counter()
+            calls()
+            times.append(1e6 * (time.perf_counter() - start))
+    else:
+        replay, _ = record_graph(calls)
+        for _ in range(repeats + 3):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replay()
+            end.record()
+            end.synchronize()
+            times.append(1e3 * start.elapsed_time(end))
+    return median(times[-repeats:]) / len(inputs)
+
+
+def bandwidth(device):
+    """Bytes per second, read and written, of a large copy on this device: the most that any kernel can hope for."""
+    size = 2**30 if device.type == "cuda" else 2**27
+    source, target = torch.empty(2, size, dtype=torch.uint8, device=device).random_()
+    return 2 * size / (1e-6 * microseconds(lambda x, y: y.copy_(x), [(source, target)]))
+
+
+def cold_copies(cached, workers, device, heads=8, group=5, size=128, dtype=torch.bfloat16):
+    """Chapter 4's example on `device`, as often as it takes to outgrow a cache of 256 MB: a list of (q, k, v, tables)."""
+    q, k, v, tables = query_rotation.example(cached, workers, dtype, heads, group, size)
+    copies = max(2, 2**28 // (2 * k.nbytes)) if device.type == "cuda" else 1
+    return [(*(x.clone().to(device) for x in (q, k, v)), tables) for _ in range(copies)]
+
+
+def speeds(device, lengths=(300, 4096, 8192, 16384), workers=(1, 2, 4)):
+    """Print the time of one layer's attention against the bandwidth and against PyTorch's, for one sequence."""
+    rotation, scale = rope.inverse_frequencies(LlamaConfig(head_dim=128)), 128 ** -0.5
+    peak = bandwidth(device)
+    print(f"\n{torch.cuda.get_device_name(device)}: copies move {peak / 1e12:.2f} TB/s. One layer, 40 query and 8 key heads of "
+          "128, bfloat16; microseconds (share of the copy bandwidth):")
+    print("  cached" + "".join(f"{w:>10} worker{'s' if w > 1 else ' '}" for w in workers) + "   SDPA, one sequence")
+    for cached in lengths:
+        cells = []
+        for count in workers:
+            inputs = cold_copies(cached, count, device)
+            taken = microseconds(lambda q, k, v, t: attention(q, k, v, t, rotation, scale), inputs)
+            cells.append(f"{taken:9.1f} ({unique_bytes(inputs[0][3], *inputs[0][1:3]) / (1e-6 * taken) / peak:4.0%})")
+        single = [(q[None, :, :1], k[None, :, :cached], v[None, :, :cached]) for q, k, v, _ in cold_copies(cached, 1, device)]
+        stock = microseconds(partial(F.scaled_dot_product_attention, enable_gqa=True), single)
+        print(f"  {cached:6,}" + "".join(f"{cell:>18}" for cell in cells) + f"{stock:12.1f}")
+
+
+def main():
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    console = Console(width=110, highlight=False)
+    rotation = rope.inverse_frequencies(LlamaConfig(head_dim=64))
+    q, k, v, tables = query_rotation.example(1000, 4, heads=2)
+    names = ["history", "Alice", "Bob", "Carol", "Dave", "(others)", "(own)", *["<...>"] * 3]
+    console.print("4 workers, 1,000 tokens of history. Each letter is a tile of 64 slots, and names the program that reads it:")
+    console.print(picture(tables, rotation, names, splits=6, tile=64))
+    console.print("  -> equal spans of one list: a program may take a piece of the history, or many small blocks, or both\n")
+
+    print(f"the kernel {'(in the interpreter) ' * INTERPRETED}against chapter 4's specification, by programs per head:")
+    worst = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        q, k, v, tables = query_rotation.example(300, 4, dtype, heads=2)
+        exact = query_rotation.attention_spec(q.float(), k.float(), v.float(), tables, rotation, 0.125)
+        errors = []
+        q, k, v = (x.to(device) for x in (q, k, v))
+        for splits in (1, 5, 40):
+            result = attention(q, k, v, tables, rotation, 0.125, splits=splits).cpu()
+            errors.append((result - exact).abs().max().item())
+        worst[dtype] = max(errors)
+        print(f"  {str(dtype)[6:]:9} largest error " + ", ".join(f"{e:.0e} ({s})" for e, s in zip(errors, (1, 5, 40))))
+    print("  -> splitting changes nothing but rounding; 40 programs are more than there are tiles")
+
+    config = LlamaConfig(vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=32)
+    model = AutoModelForCausalLM.from_config(config).eval().to(device)
+    forward, error = Decoder(model), 0.0
+    ropes = query_rotation.attach(model)
+    caches = [shared_cache.SharedCache([64, 64, 64], ropes) for _ in range(2)]
+    for length in (20, 1, 1, 1):  # a prompt, then passes of two workers, a token each
+        writers = [([0], length)] if length > 1 else [([0, 2, 1], 1), ([0, 1, 2], 1)]
+        logits = []
+        ids = torch.randint(0, 1000, (sum(count for _, count in writers),))
+        last = torch.tensor([count for _, count in writers]).cumsum(0) - 1
+        for cache, function in zip(caches, (query_rotation.forward, forward)):
+            cache.append({view[-1]: count for view, count in writers})
+            logits.append(function(model, cache, layouts.fill_tables(cache.blocks, writers), ids, last).clone())
+        error = max(error, (logits[0] - logits[1]).abs().max().item())
+    print(f"\na whole model through Decoder, {len(forward.recorded)} CUDA graphs, against chapter 4: largest difference of a "
+          f"logit {error:.0e}")
+    if device.type == "cuda":
+        speeds(device)
+    else:
+        print("no GPU here: speeds are not measured (appendix/speed.py prints the paper's tables on one)")
+    assert worst[torch.float32] < 1e-5 and worst[torch.bfloat16] < 2e-2 and error < 1e-4
+    assert torch.count_nonzero(counters(q.device)) == 0
+    print(f"[OK] one launch per layer gives the attention of chapter 4 (float32: {worst[torch.float32]:.0e})")
+    print("\nNext: chapter 6 lets the workers write, through this kernel where there is a GPU.")
+
+
+# Exercises
+# 1. Count bytes and operations for W = 1 and W = 16, G = 5, D = 128. From which W on is a pass no longer bound by memory?
+# 2. Replace the spans by one program per block and key head. What does the picture look like, and who waits?
+# 3. Leave out `fade` in the loop over tiles. Which tests fail, and why do some still pass?
+
+if __name__ == "__main__":
+    main()
