@@ -179,11 +179,12 @@ def constants(group, new, size, wide, rows, rotation, window, dtype):
     """What the kernel is compiled for: G, N, D, Dv, B, the Rope, the window, and the dtype of the keys."""
     half = len(rotation.inv_freq)
     room = max(16, TILE_BYTES // (dtype.itemsize * power_of_two(max(size, wide))))  # vectors in a tile
+    queries = min(64, room, power_of_two(group * new))
     operand = torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype  # its bfloat16 products are wrong
     return dict(GROUP=group, HALF=half, REST=size - 2 * half, DV=wide, WINDOW=window or 0,
                 TURNED=size - 2 * half if rotation.rotates_last else 0, SAME=0 if rotation.rotates_last else 2 * half,
-                OPERAND=getattr(tl, str(operand).removeprefix("torch.")), M=min(64, room, power_of_two(group * new)),
-                TILE=min(128, room), ROWS=power_of_two(rows), HALF_=power_of_two(half),
+                OPERAND=getattr(tl, str(operand).removeprefix("torch.")), M=queries,
+                TILE=min(128, room, 4096 // queries), ROWS=power_of_two(rows), HALF_=power_of_two(half),
                 REST_=power_of_two(size - 2 * half), DV_=power_of_two(wide))
 
 

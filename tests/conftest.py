@@ -1,4 +1,5 @@
 """What all tests share: the chapters on the path, one thread, and the real model, loaded once."""
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -8,6 +9,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 torch.set_num_threads(1)  # steadier than two on a shared machine, and no slower
 
 

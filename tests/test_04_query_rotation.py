@@ -75,7 +75,7 @@ def build(case, dtype=torch.float32):
     """Tensors and tables of a case; a block that stands several times in a view becomes several rows."""
     seed, new, old, heads, group, half, size, views, window, last = case
     torch.manual_seed(seed)
-    cache = shared_cache.SharedCache([o + 5 for o in old], ropes=[])
+    cache = shared_cache.SharedCache([o + max(new) + 1 for o in old], ropes=[])
     writing = [w for w in range(len(new)) if new[w]]
     cache.append({b: length for b, length in enumerate(old)})
     cache.append({w: new[w] for w in writing})
