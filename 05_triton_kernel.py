@@ -53,9 +53,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 try:
     import triton
     import triton.language as tl
+    if [int(part) for part in triton.__version__.split(".")[:2]] < [3, 6]:
+        raise ImportError(f"version {triton.__version__} is installed")
 except ImportError as error:
-    MISSING = ("chapter 5 needs Triton 3.6 or newer (Linux: pip install triton==3.9.0), which is not installed here; all other "
-               "chapters run without it")
+    MISSING = f"chapter 5 needs Triton 3.6 or newer (Linux: pip install triton==3.9.0), all others run without it: {error}"
     if __name__ == "__main__":
         sys.exit(MISSING)
     raise ImportError(MISSING) from error
@@ -272,21 +273,22 @@ class Decoder:
     two tables) is written over the old values before each replay: one copy of a few hundred integers. All other passes
     (the prompt, a worker who opens a step) launch their kernels one by one.
 
-        forward = Decoder(model)
+        forward = Decoder()
         logits = forward(model, cache, tables, ids, last)      valid until the next call
 
     Args:
-        record: makes a replay out of a function, see record_graph. None: record_graph if the model is on a GPU, else nothing
-            is recorded.
+        record: makes a replay out of a function, see record_graph; None: record_graph on GPUs, nothing elsewhere.
     """
 
-    def __init__(self, model, record=None):
-        self.record = record or (record_graph if model.device.type == "cuda" else None)
+    def __init__(self, record=None):
+        self.record = record
+        self.possible = True  # until a model turns out to do what cannot be recorded
         self.cache, self.recorded = None, {}  # the cache whose addresses were recorded; shape of the tables -> recording
 
     def __call__(self, model, cache, tables, ids, last):
         """One forward pass over N new tokens; arguments and result as in chapter 4."""
-        if self.record and cache.keys and len(ids) == len(last):
+        wanted = self.possible and (self.record or model.device.type == "cuda")
+        if wanted and cache.keys and len(ids) == len(last):  # (the first pass makes the memory)
             if self.cache is not cache:
                 self.cache, self.recorded = cache, {}
             numbers = torch.cat([torch.as_tensor(ids), cache.new_slots, tables.start, tables.position,
@@ -300,7 +302,7 @@ class Decoder:
                 replay()
                 return logits
             except RuntimeError as error:
-                self.record = None
+                self.possible = False
                 print(f"no CUDA graph of this model ({str(error).splitlines()[0]}): passes are launched kernel by kernel",
                       file=sys.stderr)
         return query_rotation.forward(model, cache, tables, ids, last, attention)
@@ -314,7 +316,7 @@ class Decoder:
             cache.new_slots = slots
             tables = layouts.Tables(start, position, offset.view(rows, new), visible.view(rows, new))
             return query_rotation.forward(model, cache, tables, ids, last, attention)
-        return static, *self.record(run)
+        return static, *(self.record or record_graph)(run)
 
 
 def record_graph(run):
@@ -445,7 +447,7 @@ def main():
     config = LlamaConfig(vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, head_dim=32)
     model = AutoModelForCausalLM.from_config(config).eval().to(device)
-    forward, error = Decoder(model), 0.0
+    forward, error = Decoder(), 0.0
     ropes = query_rotation.attach(model)
     caches = [shared_cache.SharedCache([64, 64, 64], ropes) for _ in range(2)]
     for length in (20, 1, 1, 1):  # a prompt, then passes of two workers, a token each

@@ -1,6 +1,6 @@
 r"""Chapter 6: workers that write at once, see each other write, and decide for themselves how to collaborate.
 
-The problem. Chapters 1 to 4 let several workers of one model read each other's memory while it grows. Nothing tells
+The problem. Chapters 1 to 5 let several workers of one model read each other's memory while it grows. Nothing tells
 them what to do with that. Hogwild! Inference (paper, sections 3.3 and 3.4, appendix C) does not prescribe a strategy:
 it explains the situation to the model in a prompt, cuts the text into steps, and asks now and then whether anybody is
 doing redundant work.
@@ -185,6 +185,27 @@ class Settings:
             raise ValueError(f"top-p is {self.top_p}; it must be above 0 and at most 1")
 
 
+def best_forward(device, attention="auto"):
+    """How to run a forward pass: "torch" (chapter 4) or "triton" (chapter 5); "auto" is the latter on GPUs, if it is there.
+
+    Raises:
+        ValueError: Triton was asked for by name, and it is not installed, or the device is no GPU.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if attention == "torch" or (attention == "auto" and not on_gpu):
+        return query_rotation.forward
+    try:
+        triton_kernel = import_module("05_triton_kernel")
+    except ImportError as error:
+        if attention == "auto":
+            return query_rotation.forward
+        raise ValueError(error) from error
+    if not on_gpu and not triton_kernel.INTERPRETED:
+        raise ValueError("the Triton kernel needs a GPU (--device cuda); without one it can be tried, slowly, in Triton's "
+                         "interpreter: set TRITON_INTERPRET=1")
+    return triton_kernel.Decoder()
+
+
 @dataclass
 class Worker:
     """One writer: its block of the shared cache, and what it is about to feed."""
@@ -229,13 +250,14 @@ class Hogwild:
     Args:
         model, tokenizer: any causal language model of transformers with rotary embeddings (chapter 2's load_model).
         problem: the text of the problem.
+        forward: chapter 4's `forward`, or chapter 5's Decoder, which takes the same arguments; None: see best_forward.
     Raises:
         ValueError: unusable settings, an empty problem, a model that cannot be used, a prompt longer than its context.
     """
 
-    def __init__(self, model, tokenizer, problem, settings=None, attention=query_rotation.attention):
+    def __init__(self, model, tokenizer, problem, settings=None, forward=None):
         self.model, self.tokenizer, self.problem = model, tokenizer, problem
-        self.settings, self.attention = settings or Settings(), attention
+        self.settings, self.forward = settings or Settings(), forward or best_forward(model.device)
         if not problem.strip():
             raise ValueError("the problem is empty; give the workers something to solve")
         self.layout = layouts.layout(self.settings.layout, len(self.settings.workers))
@@ -390,7 +412,7 @@ class Hogwild:
             tables = layouts.fill_tables(self.rows, [(view, len(ids)) for view, ids in writers])
             packed = [i for _, ids in writers for i in ids]  # [N]
             last = torch.tensor([len(ids) for _, ids in writers]).cumsum(0) - 1
-            return query_rotation.forward(self.model, self.cache, tables, packed, last, self.attention)
+            return self.forward(self.model, self.cache, tables, packed, last)
         except BaseException:
             self._cut_back(lengths)
             raise
@@ -728,6 +750,8 @@ def parse(argv):
     who.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best one there is)")
     who.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                      help="default: that of the checkpoint")
+    who.add_argument("--attention", default="auto", choices=["auto", "torch", "triton"],
+                     help="chapter 4's (torch), chapter 5's kernel (triton), or the kernel on a GPU (auto, the default)")
     how = parser.add_argument_group("how")
     how.add_argument("--max-passes", type=int, default=default.max_passes, metavar="N",
                      help=f"budget of forward passes (default: {default.max_passes})")
@@ -830,8 +854,9 @@ def collaborate(args, settings, problem, console, live):
     device = args.device or best_device()
     if device == "cpu":  # leave a core to the rest of the machine: one thread that has to wait makes all the others wait
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    forward = best_forward(device, args.attention)
     model, tokenizer = shared_cache.load_model(args.model, device, args.dtype)
-    run = Hogwild(shared_cache.pack_linears(model), tokenizer, problem, settings)
+    run = Hogwild(shared_cache.pack_linears(model), tokenizer, problem, settings, forward)
     ending, answer, error = None, None, None
     screen = Screen(settings.workers, run.opening, run.layout.moves, live, problem.strip(), run.context, console)
     try:

@@ -257,9 +257,9 @@ def test_replayed_passes_equal_eager_ones(name, monkeypatch):
     plan = layouts.layout("combined", 3)
     if DEVICE == "cpu":
         record, count = record_on_cpu(monkeypatch)
-        decoder = fused.Decoder(model, record)
+        decoder = fused.Decoder(record)
     else:
-        decoder, count = fused.Decoder(model), None
+        decoder, count = fused.Decoder(), None
     engines = [(attend.forward, shared_cache.SharedCache([200, 40, 40, 40, 3, 3, 3], ropes)),
                (decoder, shared_cache.SharedCache([200, 40, 40, 40, 3, 3, 3], ropes))]
     generator, worst = torch.Generator().manual_seed(0), 0.0
@@ -299,7 +299,7 @@ def test_what_cannot_be_recorded_runs_eagerly(capsys):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval().to(DEVICE)
     cache = shared_cache.SharedCache([30, 30], attend.attach(model))
-    decoder = fused.Decoder(model, refuse)
+    decoder = fused.Decoder(refuse)
     results = []
     for forward in (decoder, decoder, decoder, attend.forward):
         cache.append({0: 1})
@@ -309,6 +309,31 @@ def test_what_cannot_be_recorded_runs_eagerly(capsys):
             cache.cut(0, 0)
     assert torch.allclose(results[0], results[3], atol=1e-5) and torch.allclose(results[2], results[3], atol=1e-5)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_chapter_6_writes_the_same_tokens(recorded, smollm, monkeypatch):
+    """Two workers through the kernel write what they write through chapter 4's function: the real model, launch by launch,
+    and a tiny one with recorded passes.
+
+    Steps count as ended after a few words here, so that passes in which a worker opens a step come up too.
+    """
+    generate = import_module("06_generate")
+    monkeypatch.setattr(generate, "step_ended", lambda text: len(text) > (60 if recorded else 20))
+    monkeypatch.setattr(fused, "PROGRAMS_IN_THE_INTERPRETER", 3)
+    fused.processors.cache_clear()
+    model, tokenizer = import_module("test_06_generate").tiny("qwen3") if recorded else smollm[0], smollm[1]
+    settings_ = generate.Settings(max_passes=20 if recorded else 5, prompt="{problem}", greedy=True, answer_tokens=2)
+    record, count = record_on_cpu(monkeypatch)
+    runs = [generate.Hogwild(model.to(DEVICE), tokenizer, "3 + 4?", settings_, forward)
+            for forward in (attend.forward, fused.Decoder(record if recorded and DEVICE == "cpu" else None))]
+    for run_ in runs:
+        while run_.ending is None:
+            run_.advance()
+    model.to("cpu")
+    assert [p["sampled"] for p in runs[0].passes] == [p["sampled"] for p in runs[1].passes]
+    assert sum(len(p["closed"]) for p in runs[1].passes) >= 2 and (DEVICE == "cuda" or not recorded or len(count) >= 5)
+    fused.processors.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: the kernel runs in Triton's interpreter, "
