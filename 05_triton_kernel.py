@@ -164,9 +164,6 @@ def kernel(q, k, v, out, cos, sin, start, position, offset, visible, first, boun
 INTERPRETED = not isinstance(kernel, triton.JITFunction)
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * log2(e))
 
-# One program per processor of the GPU, so that it has all registers and all shared memory there to itself: tiles that are on
-# their way from memory wait in the latter (`stages` of them) while 8 warps compute on one.
-WARPS = 8
 TILE_BYTES = 16384  # size of a tile of keys, and of one of values, and of the queries
 PROGRAMS_IN_THE_INTERPRETER = 8  # they run one after the other there
 
@@ -189,13 +186,22 @@ def constants(group, new, size, wide, rows, rotation, window, dtype):
                 REST_=power_of_two(size - 2 * half), DV_=power_of_two(wide))
 
 
+def options(shared_memory):
+    """How the kernel is compiled for a GPU with so many bytes of shared memory per program.
+
+    One program per processor has all registers there to itself, and all shared memory: that is where tiles wait that are on
+    their way from memory (num_stages - 1 of them) while 8 warps compute on one.
+    """
+    return dict(num_warps=8, num_stages=4 if shared_memory >= 160 * 1024 else 3, maxnreg=255)
+
+
 @lru_cache
 def processors(device):
-    """(programs that run at once, tiles that are on their way at a time) on this device."""
+    """(programs that run at once, options) on this device."""
     if device.type != "cuda":
-        return PROGRAMS_IN_THE_INTERPRETER, 1
+        return PROGRAMS_IN_THE_INTERPRETER, {}
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, 4 if properties.shared_memory_per_block_optin >= 160 * 1024 else 3
+    return properties.multi_processor_count, options(properties.shared_memory_per_block_optin)
 
 
 @lru_cache
@@ -248,7 +254,7 @@ def attention(q, k, v, tables, rotation, scale, window=None, splits=None):
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     heads, group, new, size, wide = k.shape[0], q.shape[0] // k.shape[0], q.shape[1], q.shape[2], v.shape[2]  # Hk G N D Dv
     const = constants(group, new, size, wide, len(tables.start), rotation, window, k.dtype)
-    programs, stages = processors(q.device)
+    programs, compile_options = processors(q.device)
     chunks = triton.cdiv(group * new, const["M"])
     splits = splits or max(1, programs // (heads * chunks))
     given = prepare(tables, rotation, window, const["TILE"], q.device)
@@ -259,7 +265,7 @@ def attention(q, k, v, tables, rotation, scale, window=None, splits=None):
     kernel[splits, heads, chunks](
         q, k, v, out, *given, partial, peaks, totals, counters(q.device), len(tables.start), new, scale * LOG2_E,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1),
-        **const, num_warps=WARPS, num_stages=stages)
+        **const, **compile_options)
     return out
 
 

@@ -141,7 +141,7 @@ names = fused.kernel.arg_names
 pointers = dict(q="*bf16", k="*bf16", v="*bf16", out="*bf16", cos="*fp32", sin="*fp32", start="*i64", position="*i64",
                 offset="*i64", visible="*i64", first="*i64", bounds="*i64", partial="*fp32", peaks="*fp32", totals="*fp32",
                 arrived="*i32", scale="fp32")
-for capability, group, size, new, stages in json.loads(sys.argv[2]):
+for capability, group, size, new, shared_memory in json.loads(sys.argv[2]):
     rotation = rope.Rope(torch.ones(size // 2).double())
     const = fused.constants(group, new, size, size, 10, rotation, None, torch.bfloat16)
     signature = {n: "constexpr" if n in const else pointers.get(n, "i32") for n in names}
@@ -150,8 +150,7 @@ for capability, group, size, new, stages in json.loads(sys.argv[2]):
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n in strides}
     source = ASTSource(fn=fused.kernel, signature=signature, attrs=aligned,
                        constexprs={(names.index(n),): value for n, value in const.items()})
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                          options=dict(num_warps=fused.WARPS, num_stages=stages))
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=fused.options(shared_memory))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -167,9 +166,9 @@ for capability, group, size, new, stages in json.loads(sys.argv[2]):
 def test_it_compiles_for_gpus_without_spilling():
     """For sm_80, sm_89 and sm_90, 1, 2, 4 and 16 workers: no spilled registers, shared memory within the limit.
 
-    Read off the machine code that ptxas makes; no GPU is needed. `stages` is what `processors` picks for that memory.
+    Read off the machine code that ptxas makes; no GPU is needed.
     """
-    jobs = [(capability, group, size, workers, 4 if memory >= 160 * 1024 else 3)
+    jobs = [(capability, group, size, workers, memory)
             for capability, memory in SHARED_MEMORY.items() for group, size in sorted(set(SHAPES.values()))
             for workers in (1, 4, 16) if workers < 16 or group == 4]
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE, str(ROOT), json.dumps(jobs)], capture_output=True,
