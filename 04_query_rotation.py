@@ -20,8 +20,8 @@ Three public hooks of transformers carry that, and no model class is touched: `p
 `Cache` that a layer updates is chapter 2's; and `AttentionInterface` lets us register our own attention by name. Extra
 keyword arguments of `model(...)` reach that function, which is how the tables get there.
 
-What to notice: both functions have one signature, so a third one, a GPU kernel say, can take their place. Scores are
-float32 in every dtype. Left out: what the workers write (chapter 6).
+What to notice: both functions have one signature, so a third one can take their place. Scores are float32 in every
+dtype. Left out: the same as one GPU kernel (chapter 5), and what the workers write (chapter 6).
 
 Run it: python 04_query_rotation.py
 """
@@ -295,7 +295,7 @@ def main():
     print(f"\na whole model, its text cut in two blocks, against the stock model: largest difference of a logit {error:.0e}")
     assert worst[torch.float32] < 1e-5 and worst[torch.bfloat16] < 2e-2 and error < 1e-4
     print(f"[OK] rotated queries give the attention of rotated keys (float32: {worst[torch.float32]:.0e})")
-    print("\nNext: chapter 6 lets the workers write.")
+    print("\nNext: chapter 5 makes one GPU kernel of it; chapter 6 lets the workers write.")
 
 
 # Exercises

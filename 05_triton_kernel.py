@@ -56,7 +56,7 @@ try:
     if [int(part) for part in triton.__version__.split(".")[:2]] < [3, 6]:
         raise ImportError(f"version {triton.__version__} is installed")
 except ImportError as error:
-    MISSING = f"chapter 5 needs Triton 3.6 or newer (Linux: pip install triton==3.9.0), all others run without it: {error}"
+    MISSING = f"chapter 5 needs Triton 3.6 or newer (Linux: pip install triton==3.7.1), all others run without it: {error}"
     if __name__ == "__main__":
         sys.exit(MISSING)
     raise ImportError(MISSING) from error

@@ -335,6 +335,31 @@ def test_chapter_6_writes_the_same_tokens(recorded, smollm, monkeypatch):
     fused.processors.cache_clear()
 
 
+def test_the_tables_of_the_appendix(tmp_path):
+    """appendix/speed.py prints the paper's two tables and writes them down; wrong wishes are refused in one sentence."""
+    def speed(*arguments):
+        return subprocess.run([sys.executable, str(ROOT / "appendix" / "speed.py"), *arguments], capture_output=True, text=True,
+                              check=False, cwd=tmp_path)
+    small = ["--shape", "smollm2-135m", "--layers", "1", "--dtype", "float32", "--workers", "1", "3", "--repeats", "3"]
+    done = speed("1", "2", *small, "--tokens", "300", "600", "--attention-tokens", "300", "--json", "out.json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["hardware"]["torch"] == torch.__version__
+    first, second, *tables = report["passes"]
+    assert first["tokens"] == 300 and first["who"] == ["stock", 1, 3] and min(first["ms"]) > 0
+    rate = {t["who"]: t["values"][1] for t in tables if t["table"] == "tokens per second"}
+    time = {t["who"]: t["values"][1] for t in tables if t["table"].startswith("seconds")}
+    assert rate["3 workers"] == pytest.approx(3e3 / second["ms"][2])
+    low, high = sorted((first["ms"][2], second["ms"][2]))  # 200 passes, none faster or slower than those measured
+    assert 0.2 * low <= time["3 workers"] <= 0.2 * high
+    assert [row["workers"] for row in report["attention"]] == [1, 3]
+    assert all(0 < row["share"] and row["set_up_ms"] < 5 and row["us"] > 0 for row in report["attention"])
+    for arguments, word in ((["4"], "no table"), (["1", "--workers", "0"], "workers"), (["2", "--attention-tokens", "50"], "at least"),
+                            (["1", "--json", "no/such/folder.json"], "cannot be written"), (["1", "--shape", "gpt"], "choose")):
+        refused = speed(*arguments)
+        assert refused.returncode == 2 and word in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: the kernel runs in Triton's interpreter, "
                                                           "recordings on the Recorder")
 def test_on_a_gpu_the_kernel_is_compiled():
