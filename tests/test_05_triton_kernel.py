@@ -335,13 +335,12 @@ def test_chapter_6_writes_the_same_tokens(recorded, smollm, monkeypatch):
     fused.processors.cache_clear()
 
 
-def test_the_tables_of_the_appendix(tmp_path):
+def test_the_tables_of_the_appendix(tmp_path, monkeypatch, capsys):
     """appendix/speed.py prints the paper's two tables and writes them down; wrong wishes are refused in one sentence."""
-    def speed(*arguments):
-        return subprocess.run([sys.executable, str(ROOT / "appendix" / "speed.py"), *arguments], capture_output=True, text=True,
-                              check=False, cwd=tmp_path)
     small = ["--shape", "smollm2-135m", "--layers", "1", "--dtype", "float32", "--workers", "1", "3", "--repeats", "3"]
-    done = speed("1", "2", *small, "--tokens", "300", "600", "--attention-tokens", "300", "--json", "out.json", "--device", "cpu")
+    arguments = ["1", "2", *small, "--tokens", "300", "600", "--attention-tokens", "300", "--json", "out.json", "--device", "cpu"]
+    done = subprocess.run([sys.executable, str(ROOT / "appendix" / "speed.py"), *arguments], capture_output=True, text=True,
+                          check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["hardware"]["torch"] == torch.__version__
@@ -354,10 +353,17 @@ def test_the_tables_of_the_appendix(tmp_path):
     assert 0.2 * low <= time["3 workers"] <= 0.2 * high
     assert [row["workers"] for row in report["attention"]] == [1, 3]
     assert all(0 < row["share"] and row["set_up_ms"] < 5 and row["us"] > 0 for row in report["attention"])
-    for arguments, word in ((["4"], "no table"), (["1", "--workers", "0"], "workers"), (["2", "--attention-tokens", "50"], "at least"),
-                            (["1", "--json", "no/such/folder.json"], "cannot be written"), (["1", "--shape", "gpt"], "choose")):
-        refused = speed(*arguments)
-        assert refused.returncode == 2 and word in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+    monkeypatch.syspath_prepend(ROOT / "appendix")
+    speed = import_module("speed")
+    for wrong, word in ((["4"], "no table"), (["1", "--workers", "0"], "workers"), (["2", "--attention-tokens", "50"], "at least"),
+                        (["1", "--json", "no/such/folder.json"], "cannot be written"), (["1", "--shape", "gpt"], "choose")):
+        monkeypatch.setattr(sys, "argv", ["speed.py", *wrong])
+        try:
+            code = speed.main()
+        except SystemExit as refusal:
+            code = refusal.code
+        said = capsys.readouterr().err
+        assert code == 2 and word in said and said.count("\n") == 1, said
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: the kernel runs in Triton's interpreter, "
