@@ -338,9 +338,9 @@ def test_chapter_6_writes_the_same_tokens(recorded, smollm, monkeypatch):
 def test_the_tables_of_the_appendix(tmp_path, monkeypatch, capsys):
     """appendix/speed.py prints the paper's two tables and writes them down; wrong wishes are refused in one sentence."""
     small = ["--shape", "smollm2-135m", "--layers", "1", "--dtype", "float32", "--workers", "1", "3", "--repeats", "3"]
-    arguments = ["1", "2", *small, "--tokens", "300", "600", "--attention-tokens", "300", "--device", "cpu", "--json", "out.json"]
-    done = subprocess.run([sys.executable, str(ROOT / "appendix" / "speed.py"), *arguments], capture_output=True, text=True,
-                          check=False, cwd=tmp_path)
+    sizes = ["--tokens", "300", "600", "--attention-tokens", "300"]
+    done = subprocess.run([sys.executable, str(ROOT / "appendix" / "speed.py"), "1", "2", *small, *sizes, "--device", "cpu",
+                           "--json", "out.json"], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["hardware"]["torch"] == torch.__version__
