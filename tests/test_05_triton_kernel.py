@@ -139,7 +139,7 @@ from triton.compiler import ASTSource
 fused, rope = import_module("05_triton_kernel"), import_module("01_rope_shift")
 names = fused.kernel.arg_names
 pointers = dict(q="*bf16", k="*bf16", v="*bf16", out="*bf16", cos="*fp32", sin="*fp32", start="*i64", position="*i64",
-                offset="*i64", visible="*i64", first="*i64", bounds="*i64", partial="*fp32", peaks="*fp32", totals="*fp32",
+                offset="*i64", visible="*i64", first_tile="*i64", bounds="*i64", results="*fp32", peaks="*fp32", totals="*fp32",
                 arrived="*i32", scale="fp32")
 for capability, group, size, new, shared_memory in json.loads(sys.argv[2]):
     rotation = rope.Rope(torch.ones(size // 2).double())
