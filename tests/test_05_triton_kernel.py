@@ -41,7 +41,9 @@ def cases(draw):
     new = draw(st.lists(st.sampled_from([0, 1, 1, 1, 1, 2, 9]), min_size=workers, max_size=workers)
                .filter(lambda counts: 0 < sum(counts) <= 40))
     old = draw(st.lists(st.sampled_from([0, 0, 1, 2, 15, 63, 64, 65, 200]), min_size=workers + extra, max_size=workers + extra))
-    heads, group = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16]))
+    # (the interpreter runs one program after the other, so chunks of queries are kept few)
+    group = draw(st.sampled_from([g for g in (1, 2, 3, 4, 5, 7, 8, 16) if g * sum(new) <= 80]))
+    heads = draw(st.sampled_from([1, 2]))
     half, rest = draw(st.sampled_from([(4, 0), (16, 0), (20, 0), (32, 0), (64, 0), (128, 0), (8, 24), (32, 128)]))
     views = []
     for w in range(workers):
@@ -49,8 +51,7 @@ def cases(draw):
         views.append([*draw(st.lists(st.sampled_from(others), max_size=5) if others else st.just([])), w])
     window = draw(st.sampled_from([None, None, 1, 7, 50, 150]))
     case = draw(st.integers(0, 2**31)), new, old, heads, group, half, 2 * half + rest, views, window, draw(st.booleans())
-    many = sum(new) * group > 32  # several chunks of queries, and the interpreter runs one program after the other
-    return case, draw(st.sampled_from([None, 1, 2, 3] if many else [None, 1, 2, 3, 7, 30]))
+    return case, draw(st.sampled_from([None, 1, 2, 3] if sum(new) * group > 20 else [None, 1, 2, 3, 7, 30]))
 
 
 def run(arguments, splits):
@@ -246,7 +247,7 @@ def record_on_cpu(monkeypatch):
 
 @pytest.mark.parametrize("name", ["yarn", "gemma3"])
 def test_replayed_passes_equal_eager_ones(name, monkeypatch):
-    """20 passes of three workers with steps that end: logits as through chapter 4, although most passes are replays.
+    """14 passes of three workers with steps that end: logits as through chapter 4, although most passes are replays.
 
     On a GPU with CUDA graphs, elsewhere with the Recorder. Blocks grow, move and are cut between replays.
     """
@@ -276,18 +277,18 @@ def test_replayed_passes_equal_eager_ones(name, monkeypatch):
 
     feed([([0], 70)])
     feed([(view, 2) for view in plan.separator_views.values()])
-    for now in range(20):
+    for now in range(14):
         opens = now % 7 == 3
         if opens:
             for _, cache in engines:
                 cache.move(1 + now % 3, 0)
-        if now == 13:
+        if now == 9:
             for _, cache in engines:
                 cache.cut(2, 1)
         writing = plan.views if now % 11 else plan.views[:2]  # at times one of them pauses: another shape
         feed([(view, 5 if opens and w == now % 3 else 1) for w, view in enumerate(writing)])
     assert worst < 1e-5
-    assert len(decoder.recorded) == 2 and (count is None or len(count) > 14)
+    assert len(decoder.recorded) == 2 and (count is None or len(count) > 9)
 
 
 def test_what_cannot_be_recorded_runs_eagerly(capsys):
@@ -318,11 +319,11 @@ def test_chapter_6_writes_the_same_tokens(recorded, smollm, monkeypatch):
     Steps count as ended after a few words here, so that passes in which a worker opens a step come up too.
     """
     generate = import_module("06_generate")
-    monkeypatch.setattr(generate, "step_ended", lambda text: len(text) > (60 if recorded else 20))
+    monkeypatch.setattr(generate, "step_ended", lambda text: len(text) > (60 if recorded else 18))
     monkeypatch.setattr(fused, "PROGRAMS_IN_THE_INTERPRETER", 3)
     fused.processors.cache_clear()
     model, tokenizer = import_module("test_06_generate").tiny("qwen3") if recorded else smollm[0], smollm[1]
-    settings_ = generate.Settings(max_passes=20 if recorded else 5, prompt="{problem}", greedy=True, answer_tokens=2)
+    settings_ = generate.Settings(max_passes=20 if recorded else 4, prompt="{problem}", greedy=True, answer_tokens=2)
     record, count = record_on_cpu(monkeypatch)
     runs = [generate.Hogwild(model.to(DEVICE), tokenizer, "3 + 4?", settings_, forward)
             for forward in (attend.forward, fused.Decoder(record if recorded and DEVICE == "cpu" else None))]
@@ -352,7 +353,7 @@ def test_the_tables_of_the_appendix(tmp_path, monkeypatch, capsys):
     low, high = sorted((first["ms"][2], second["ms"][2]))  # 200 passes, none faster or slower than those measured
     assert 0.2 * low <= time["3 workers"] <= 0.2 * high
     assert [row["workers"] for row in report["attention"]] == [1, 3]
-    assert all(0 < row["share"] and row["set_up_ms"] < 5 and row["us"] > 0 for row in report["attention"])
+    assert all(row["share"] > 0 and row["set_up_ms"] < 5 and row["us"] > 0 for row in report["attention"])
     monkeypatch.syspath_prepend(ROOT / "appendix")
     speed = import_module("speed")
     for wrong, word in ((["4"], "no table"), (["1", "--workers", "0"], "workers"), (["1", "--shape", "gpt"], "choose"),
