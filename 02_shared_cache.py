@@ -190,6 +190,8 @@ def load_model(name=None, device="cpu", dtype="auto"):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not available on this machine") from error
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)  # "cuda:1": so that streams and graphs are made there, too
     path = bundled_gguf() if name is None else Path(name)
     if path.suffix == ".gguf" and not path.is_file():
         raise ValueError(f"there is no GGUF file {str(path)!r}")

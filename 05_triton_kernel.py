@@ -33,11 +33,11 @@ have changed. Left out: gradients. Who sees what is in the tables alone, as in c
 
 Run it: python 05_triton_kernel.py    (without a GPU in Triton's interpreter: slow, and bfloat16 products are float32 there)
 """
+import functools
 import os
 import sys
 import time
 from dataclasses import replace
-from functools import lru_cache
 from importlib import import_module
 from statistics import median
 
@@ -212,7 +212,7 @@ def options(shared_memory):
     return dict(num_warps=8, num_stages=4 if shared_memory >= 160 * 1024 else 3, maxnreg=255)
 
 
-@lru_cache
+@functools.cache
 def processors(device):
     """(programs that run at once, options) on this device."""
     if device.type != "cuda":
@@ -221,13 +221,13 @@ def processors(device):
     return properties.multi_processor_count, options(properties.shared_memory_per_block_optin)
 
 
-@lru_cache
+@functools.cache  # graphs read them
 def on_device(rotation, device):
     """The Rope with its frequencies on `device`. Copied once: while a graph is recorded, the host's memory cannot be copied."""
     return replace(rotation, inv_freq=rotation.inv_freq.to(device))
 
 
-@lru_cache
+@functools.cache
 def counters(device):
     """[65536] zeros: for each key head and chunk of queries, how many programs are through. Every launch leaves zeros.
 
@@ -236,7 +236,7 @@ def counters(device):
     return torch.zeros(65536, dtype=torch.int32, device=device)
 
 
-@lru_cache(maxsize=16)  # all layers of a pass share it: one entry per Rope and window
+@functools.lru_cache(maxsize=16)  # all layers of a pass share it: one entry per Rope and window
 def prepare(tables, rotation, window, tile, device):
     """What the kernel reads besides q, k and v, on the device; made there, so that a graph records how it is made.
 
@@ -258,6 +258,8 @@ def prepare(tables, rotation, window, tile, device):
 
 def attention(q, k, v, tables, rotation, scale, window=None, splits=None):
     """Chapter 4's function in one launch; same arguments, same result. For CUDA tensors (or Triton's interpreter).
+
+    (Only for a token that sees nothing at all the result is arbitrary; every token of a pass sees itself.)
 
     Scores, softmax and sums are float32. In 16 bits, turned queries and weights are rounded on their way into the products;
     where the offset is 0 a query is not turned, and not rounded again.
@@ -282,13 +284,24 @@ def attention(q, k, v, tables, rotation, scale, window=None, splits=None):
     given = prepare(tables, rotation, window, const["TILE"], q.device)
     out = q.new_empty(new, q.shape[0], wide).transpose(0, 1)  # [Hq, N, Dv], in the order in which the model reads on
     cells = chunks * heads * splits * const["M"]
-    peaks, totals = torch.empty(2, cells, device=q.device)
-    results = torch.empty(cells, const["DV_TILE"], device=q.device)
-    kernel[splits, heads, chunks](
-        q, k, v, out, *given, results, peaks, totals, counters(q.device), len(tables.start), new, scale * LOG2_E,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1),
-        **const, **compile_options)
+    peaks, totals = torch.empty(2, cells, dtype=torch.float32, device=q.device)
+    results = torch.empty(cells, const["DV_TILE"], dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        kernel[splits, heads, chunks](
+            q, k, v, out, *given, results, peaks, totals, counters(q.device), len(tables.start), new, scale * LOG2_E,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1),
+            **const, **compile_options)
     return out
+
+
+def check(device):
+    """Try the kernel on `device` once. Raises RuntimeError if it gives something else than chapter 4's function."""
+    q, k, v, tables = query_rotation.example(100, 2)
+    rotation = rope.inverse_frequencies(LlamaConfig(head_dim=64))
+    result = attention(*(x.to(device) for x in (q, k, v)), tables, rotation, 0.125).cpu()
+    error = (result - query_rotation.attention(q, k, v, tables, rotation, 0.125)).abs().max().item()
+    if not error < 1e-3:
+        raise RuntimeError(f"the kernel does not work on this device: its results are off by {error}")
 
 
 # --------------------------------------------------------------------------------------------------- the pass around it
@@ -311,26 +324,26 @@ class Decoder:
     def __init__(self, record=None):
         self.record = record
         self.possible = True  # until a model turns out to do what cannot be recorded
-        self.cache, self.recorded = None, {}  # the cache whose addresses were recorded; shape of the tables -> recording
+        self.owners, self.recorded = (None, None), {}  # model and cache that were recorded; shape of the tables -> recording
 
     def __call__(self, model, cache, tables, ids, last):
         """One forward pass over N new tokens; arguments and result as in chapter 4."""
-        if self.cache is not cache:
-            self.cache, self.recorded = cache, {}
+        if self.owners[0] is not model or self.owners[1] is not cache:
+            self.owners, self.recorded = (model, cache), {}
         one_each = len(ids) == len(last)  # every writer feeds one token
         wanted = self.possible and (self.record or model.device.type == "cuda")
         if not (wanted and one_each and cache.keys):  # (the first pass of all makes the memory, so it cannot be recorded)
             return query_rotation.forward(model, cache, tables, ids, last, attention)
-        numbers = torch.cat([torch.as_tensor(ids), cache.new_slots, tables.start, tables.position, tables.offset.flatten(),
-                             tables.visible.flatten()])
+        numbers = torch.cat([torch.as_tensor(ids), torch.as_tensor(last), cache.new_slots, tables.start, tables.position,
+                             tables.offset.flatten(), tables.visible.flatten()])  # all int64
         shape = tables.visible.shape
         if shape not in self.recorded:
             try:
-                self.recorded[shape] = self._record(model, cache, numbers.to(model.device), *shape)
+                with torch.cuda.device_of(model.get_input_embeddings().weight):
+                    self.recorded[shape] = self._record(model, cache, numbers.to(model.device), *shape)
             except RuntimeError as error:
-                self.possible = False
-                print(f"no CUDA graph of this model ({str(error).splitlines()[0]}): passes are launched kernel by kernel",
-                      file=sys.stderr)
+                self.possible, reason = False, (str(error).splitlines() or [type(error).__name__])[0]
+                print(f"no CUDA graph of this model ({reason}): passes are launched kernel by kernel", file=sys.stderr)
                 return query_rotation.forward(model, cache, tables, ids, last, attention)
         static, replay, logits = self.recorded[shape]
         static.copy_(numbers)
@@ -338,9 +351,9 @@ class Decoder:
         return logits
 
     def _record(self, model, cache, static, rows, new):
-        """Record a pass that reads the numbers in `static`: (static, replay, logits)."""
-        ids, slots, start, position, offset, visible = static.split([new, new, rows, new, rows * new, rows * new])
-        last = torch.arange(new, device=static.device)
+        """Record a pass that reads all that changes from `static`: (static, replay, logits)."""
+        sizes = [new, new, new, rows, new, rows * new, rows * new]
+        ids, last, slots, start, position, offset, visible = static.split(sizes)
 
         def run():  # new Tables each time, which `prepare` has not seen before: so what it computes is recorded too
             cache.new_slots = slots
@@ -350,16 +363,24 @@ class Decoder:
 
 
 def record_graph(run):
-    """Record what `run` launches as a CUDA graph: (a function that launches it all again, the tensor that run returns)."""
+    """Record what `run` launches as a CUDA graph: (a function that launches it all again, the tensor that run returns).
+
+    The graph knows addresses, not tensors: whatever `run` reads must live as long. So the function holds on to `run`.
+    """
     stream = torch.cuda.Stream()  # of its own, as graphs are recorded on one too
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # A warm-up: Triton compiles, libraries choose their algorithms (twice: some wait until a
-        run(), run()  # second call). What is done again writes the same keys to the same slots.
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):  # A warm-up: Triton compiles, libraries choose their algorithms (twice: some wait for a
+            run(), run()  # second call). What is done again writes the same keys to the same slots.
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = run()
-    return graph.replay, output
+
+    def replay(run=run):
+        graph.replay()
+    return replay, output
 
 
 # ---------------------------------------------------------------------------------------------------- what one can see

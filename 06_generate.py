@@ -186,23 +186,26 @@ class Settings:
 
 
 def best_forward(device, attention="auto"):
-    """How to run a forward pass: "torch" (chapter 4) or "triton" (chapter 5); "auto" is the latter on GPUs, if it is there.
+    """How to run a forward pass: "torch" (chapter 4) or "triton" (chapter 5); "auto" is the latter on GPUs, if it works there.
 
     Raises:
-        ValueError: Triton was asked for by name, and it is not installed, or the device is no GPU.
+        ValueError: Triton was asked for by name, and it is not installed, does not work, or the device is no GPU.
     """
     on_gpu = torch.device(device).type == "cuda"
     if attention == "torch" or (attention == "auto" and not on_gpu):
         return query_rotation.forward
     try:
         triton_kernel = import_module("05_triton_kernel")
-    except ImportError as error:
+        if not on_gpu and not triton_kernel.INTERPRETED:
+            raise ValueError("the Triton kernel needs a GPU (--device cuda); without one it can be tried, slowly, in Triton's "
+                             "interpreter: set TRITON_INTERPRET=1")
+        triton_kernel.check(device)
+    except Exception as error:  # of any kind: no Triton, no compiler that it needs, a GPU that it does not know
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if attention == "auto":
+            print(f"attention runs through PyTorch, without the Triton kernel: {reason}", file=sys.stderr)
             return query_rotation.forward
-        raise ValueError(error) from error
-    if not on_gpu and not triton_kernel.INTERPRETED:
-        raise ValueError("the Triton kernel needs a GPU (--device cuda); without one it can be tried, slowly, in Triton's "
-                         "interpreter: set TRITON_INTERPRET=1")
+        raise ValueError(reason) from error
     return triton_kernel.Decoder()
 
 

@@ -9,8 +9,8 @@ r"""What it costs: the paper's Tables 1 and 2, for any model on any device, and 
 
 Everything is measured in the same run, medians after a warm-up, the contestants taking turns: on a shared machine only
 ratios mean anything. The *share* compares bytes that have to be read (weights; each key and value once) over the time
-with the speed of a plain copy. In table 2 no data are left in a cache from the call before, and on a GPU calls are replayed
-as graphs; on a CPU one thread is used.
+with the speed of a plain copy. On a GPU, table 2 takes turns between copies of the data, so that nothing is left in a cache
+from the call before, and replays calls as graphs. On a CPU one thread is used.
 
     python appendix/speed.py                                       all tables, on the best device there is
     python appendix/speed.py 1 --model Qwen/Qwen3-8B --device cuda
@@ -145,6 +145,7 @@ def stock_steps(model, tokens):
         try:
             with torch.no_grad():
                 if "compile" in name:
+                    torch._dynamo.reset()  # each length is compiled by itself, as `generate` would
                     compiled = torch.compile(model.forward, mode="reduce-overhead")
                     replay, logits = partial(decode, compiled, cache, position), None
                     replay()
@@ -442,9 +443,22 @@ def parse():
     args.device = args.device or generate.best_device()
     cpu = not on_gpu(args.device)
     args.tables = args.tables or [1, 2, 3]
-    args.tokens = sorted(args.tokens or ([512, 2048, 8192] if cpu else [1024, 2048, 4096, 8192, 16384]))
+    args.tokens = sorted(set(args.tokens or []) or ([512, 2048, 8192] if cpu else [1024, 2048, 4096, 8192, 16384]))
     args.attention_tokens = args.attention_tokens or [300, 4096, 8192, 16384, 32768]
     args.dtype = args.dtype or (["float32", "bfloat16"] if cpu else ["bfloat16" if args.shape else "auto"])
+    args.workers = sorted(set(args.workers))
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {args.device!r} is not available on this machine") from error
+    if not cpu:
+        torch.cuda.set_device(args.device)
+    if args.layers is not None and (args.layers < 1 or not args.shape):
+        raise ValueError("--layers takes a number from 1 on, and goes with --shape")
+    if args.model and args.shape:
+        raise ValueError("--model and --shape exclude each other: a loaded model, or random weights")
+    if args.naive and args.tokens[-1] < 300:
+        raise ValueError("the obvious engine runs with 4 workers: give it 300 --tokens or more")
     if set(args.tables) - {1, 2, 3}:
         raise ValueError(f"there is no table {max(args.tables)}; choose among 1, 2 and 3")
     if min(*args.workers, args.repeats) < 1 or max(args.workers) > 16:
