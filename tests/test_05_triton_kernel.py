@@ -13,6 +13,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_04_query_rotation import CONFIGS, build
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -308,7 +309,7 @@ class Outsiders(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 if inputs and all(storage._cdata != mine._cdata for mine in self.made):
-                    self.outsiders.setdefault(storage._cdata, (tensor.shape, torch.multiprocessing.reductions.StorageWeakRef(storage)))
+                    self.outsiders.setdefault(storage._cdata, (tensor.shape, StorageWeakRef(storage)))
                 elif not inputs and storage._cdata not in self.outsiders:
                     self.made.append(storage)
 
