@@ -186,12 +186,7 @@ def load_model(name=None, device="cpu", dtype="auto"):
     Raises:
         ValueError: one sentence on what is missing: no such model, hub out of reach, device not there.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not available on this machine") from error
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)  # "cuda:1": so that streams and graphs are made there, too
+    use_device(device)
     path = bundled_gguf() if name is None else Path(name)
     if path.suffix == ".gguf" and not path.is_file():
         raise ValueError(f"there is no GGUF file {str(path)!r}")
@@ -211,6 +206,16 @@ def load_model(name=None, device="cpu", dtype="auto"):
         first_line = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"model {name!r} could not be loaded; the loader says: {first_line}") from error
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def use_device(device):
+    """Raise ValueError unless tensors can be made on `device`; of several GPUs, make it the current one."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not available on this machine") from error
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
 
 
 def check_hub(name):

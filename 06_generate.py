@@ -189,8 +189,9 @@ def best_forward(device, attention="auto"):
     """How to run a forward pass: "torch" (chapter 4) or "triton" (chapter 5); "auto" is the latter on GPUs, if it works there.
 
     Raises:
-        ValueError: Triton was asked for by name, and it is not installed, does not work, or the device is no GPU.
+        ValueError: there is no such device; or Triton was asked for by name, and is not installed, or does not work there.
     """
+    shared_cache.use_device(device)
     on_gpu = torch.device(device).type == "cuda"
     if attention == "torch" or (attention == "auto" and not on_gpu):
         return query_rotation.forward

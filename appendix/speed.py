@@ -441,18 +441,13 @@ def parse():
     parser.add_argument("--json", metavar="FILE", help="write all figures to a file, with hardware and versions")
     args = parser.parse_args()
     args.device = args.device or generate.best_device()
+    shared_cache.use_device(args.device)
     cpu = not on_gpu(args.device)
     args.tables = args.tables or [1, 2, 3]
     args.tokens = sorted(set(args.tokens or []) or ([512, 2048, 8192] if cpu else [1024, 2048, 4096, 8192, 16384]))
     args.attention_tokens = args.attention_tokens or [300, 4096, 8192, 16384, 32768]
     args.dtype = args.dtype or (["float32", "bfloat16"] if cpu else ["bfloat16" if args.shape else "auto"])
     args.workers = sorted(set(args.workers))
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {args.device!r} is not available on this machine") from error
-    if not cpu:
-        torch.cuda.set_device(args.device)
     if args.layers is not None and (args.layers < 1 or not args.shape):
         raise ValueError("--layers takes a number from 1 on, and goes with --shape")
     if args.model and args.shape:
