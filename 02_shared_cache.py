@@ -174,13 +174,14 @@ def bundled_gguf():
     return next(Path(file.locate()) for file in files if file.suffix == ".gguf")
 
 
-def load_model(name=None, device="cpu", dtype="auto"):
+def load_model(name=None, device="cpu", dtype="auto", **options):
     """Load a causal language model and its tokenizer.
 
     Args:
         name: a Hugging Face hub name, a local folder, or a GGUF file; None for the bundled SmolLM2-135M-Instruct.
         device: "cpu", "cuda", "cuda:1", "mps".
         dtype: a torch dtype or its name; "auto" keeps the checkpoint's own (float32 for GGUF files).
+        options: others of transformers' from_pretrained, such as distributed_config (chapter 7).
     Returns:
         (model in eval mode without gradients, tokenizer)
     Raises:
@@ -201,7 +202,7 @@ def load_model(name=None, device="cpu", dtype="auto"):
     try:
         with silence:
             tokenizer = AutoTokenizer.from_pretrained(**source)
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, **options)
     except Exception as error:  # of any kind: a damaged file, a missing package, an architecture that is not known
         first_line = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"model {name!r} could not be loaded; the loader says: {first_line}") from error

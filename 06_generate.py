@@ -210,6 +210,22 @@ def best_forward(device, attention="auto"):
     return triton_kernel.Decoder()
 
 
+def chat(tokenizer, rules, task):
+    """The model's own chat format, up to where the assistant's turn begins. Not every template knows system messages."""
+    system = [{"role": "system", "content": rules}] if rules else []
+    for messages in ([*system, {"role": "user", "content": task}],
+                     [{"role": "user", "content": f"{rules}\n\n{task}".lstrip()}]):
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (jinja2.TemplateError, TypeError) as error:
+            refusal = error
+            continue
+        if all(message["content"].strip() in text for message in messages):
+            return text
+        refusal = "it drops what it is given"
+    raise ValueError(f"the chat template of this model cannot be used: {refusal}")
+
+
 @dataclass
 class Worker:
     """One writer: its block of the shared cache, and what it is about to feed."""
@@ -271,15 +287,11 @@ class Hogwild:
         self.warpers, self.top_k = self._sampling()
 
         self.prompt = self._prompt_text()
-        prompt_ids = self.encode(self.prompt, special=self.tokenizer.chat_template is None)
-        if self.layout.headers:
-            first = [self.encode("\n\n" + header(name, 1)) for name in self.settings.workers]
-        else:  # a block starts with the last token of the prompt, whose logits give the first word
-            first, prompt_ids = [prompt_ids[-1:]] * len(self.settings.workers), prompt_ids[:-1]
-        self.workers = [Worker(name, i, torch.Generator().manual_seed(self.settings.seed + i), ids, ids=list(ids))
+        prompt_ids, first = self._openings()
+        self.workers = [Worker(name, i, torch.Generator().manual_seed(self.settings.seed + i), ids,
+                               ids=list(ids) if self.layout.headers else [])  # (the end of a prompt is nobody's text)
                         for i, (name, ids) in enumerate(zip(self.settings.workers, first))]
-        begun = {w.index: self._new_text(w) for w in self.workers}
-        self.opening = begun if self.layout.headers else dict.fromkeys(begun, "")  # (the prompt's last token is nobody's text)
+        self.opening = {w.index: self._new_text(w) for w in self.workers}
         self.finisher = self.encode(FINISHER)
         self.opening_room = 2 + max(len(self.encode("\n\n" + header(name, 9999) + CHECK)) for name in self.settings.workers)
         self.reserve = len(self.finisher) + self.settings.answer_tokens + self.opening_room  # kept free for the early stop
@@ -308,6 +320,13 @@ class Hogwild:
         """Text of token ids, exactly as written."""
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
+    def _openings(self):
+        """Token ids of the common block, and for each worker those with which its own block opens, in the first pass."""
+        ids = self.encode(self.prompt, special=self.tokenizer.chat_template is None)
+        if self.layout.headers:
+            return ids, [self.encode("\n\n" + header(name, 1)) for name in self.settings.workers]
+        return ids[:-1], [ids[-1:]] * len(self.settings.workers)  # the logits of the last one give everybody's first word
+
     def _prompt_text(self):
         names = self.settings.workers
         template = self.settings.prompt
@@ -323,25 +342,10 @@ class Hogwild:
         if self.tokenizer.chat_template is None:
             text = f"{rules}\n\n{task}\n\n".lstrip()
         else:
-            text = self._chat(rules, task)
+            text = chat(self.tokenizer, rules, task)
             if "<think>" in self.tokenizer.get_vocab() and not text.rstrip().endswith("<think>"):
                 text += "<think>\n"  # a reasoning model: the assistant's turn starts with its thoughts
         return text + PAST_STEPS if self.layout.moves else text
-
-    def _chat(self, rules, task):
-        """The model's own chat format, up to where the assistant's turn begins. Not every template knows system messages."""
-        system = [{"role": "system", "content": rules}] if rules else []
-        for messages in ([*system, {"role": "user", "content": task}],
-                         [{"role": "user", "content": f"{rules}\n\n{task}".lstrip()}]):
-            try:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            except (jinja2.TemplateError, TypeError) as error:
-                refusal = error
-                continue
-            if all(message["content"].strip() in text for message in messages):
-                return text
-            refusal = "it drops what it is given"
-        raise ValueError(f"the chat template of this model cannot be used: {refusal}")
 
     def _end_ids(self):
         ends = self.model.generation_config.eos_token_id
@@ -386,6 +390,7 @@ class Hogwild:
         opening = self.opening_room
         written = self.settings.max_passes * opening  # by one worker, if each pass ended a step and opened the next
         history = len(prompt_ids) + (len(self.workers) * written if self.layout.moves else 0)
+        opening = max(opening, *(len(w.pending) for w in self.workers))
         own = (min(written, self.settings.max_step) if self.layout.moves else written) + opening + self.reserve
         rooms = [min(own, self.context)] * (1 + max(self.layout.blocks))
         rooms[layouts.HISTORY] = min(history, self.context)
@@ -448,7 +453,7 @@ class Hogwild:
     def advance(self):
         """One forward pass of all workers; each of them writes one token. Returns (and keeps) the record of the pass."""
         start = time.perf_counter()
-        writing = [w for w in self.workers if not w.finished]
+        writing = self._writing()
         lengths = [block.length for block in self.cache.blocks]
         logits = self._feed([(self.layout.views[w.index], w.pending) for w in writing])
         try:
@@ -459,14 +464,14 @@ class Hogwild:
         record = {"fed": {}, "sampled": {}, "text": {}, "closed": []}
         for w, token in zip(writing, tokens):
             record["fed"][w.index], record["sampled"][w.index] = w.pending, token
-            w.pending = [token]
-            w.ids.append(token)
             w.finished = token in self.end_ids
+            w.pending = [] if w.finished else [token]
+            w.ids.append(token)
         self._schedule_check(writing)
         for w in writing:
             text = self.decode(w.ids)
             if "}" in text[w.shown:]:
-                self.boxed = find_boxed(text) or self.boxed
+                self._answered(w, find_boxed(text))
             full = self.layout.moves and self.cache.blocks[w.block].length + 1 >= self.settings.max_step
             if (full or step_ended(text)) and not w.finished:
                 record["closed"].append(self._close_step(w))
@@ -475,6 +480,20 @@ class Hogwild:
         record.update(view=self.longest_view, seconds=time.perf_counter() - start)
         self.passes.append(record)
         return record
+
+    # Four methods that chapter 7's baselines and ablations replace: _openings above, and these three.
+
+    def _writing(self):
+        """The workers who write in the coming pass."""
+        return [w for w in self.workers if not w.finished]
+
+    def _answered(self, w, answer):
+        """Worker w closed a brace; `answer` is what its step says in \\boxed{...}, or None."""
+        self.boxed = answer or self.boxed
+
+    def _to_history(self, w):
+        """Move the step that worker w has finished to the history."""
+        self.cache.move(w.block, layouts.HISTORY)
 
     def sample(self, logits, writing):
         """Pick one token per worker from logits [workers, vocabulary], each with the worker's own random numbers."""
@@ -509,7 +528,7 @@ class Hogwild:
         w.check_due = False
         w.step += 1
         if self.layout.moves:
-            self.cache.move(w.block, layouts.HISTORY)
+            self._to_history(w)
             opening = header(w.name, w.step) + opening
         w.pending = [w.ids[-1], *self.encode(opening)] if opening else [w.ids[-1]]
         w.ids, w.shown = list(w.pending), 0
@@ -537,8 +556,8 @@ class Hogwild:
             return self.boxed
         lengths = [block.length for block in self.cache.blocks]
         view, last, text, ids = self.layout.final_view, self.workers[-1], "", []
-        writers = [(self.layout.views[w.index], w.pending) for w in self.workers[:-1] if not w.finished]
-        feed = ([] if last.finished else last.pending) + self.finisher
+        writers = [(self.layout.views[w.index], w.pending) for w in self.workers[:-1] if w.pending]
+        feed = last.pending + self.finisher
         coming = sum(len(ids) for _, ids in writers) + len(feed) + self.settings.answer_tokens
         if self.longest_view + coming > self.context:
             writers = []  # the context ends here: the others' newest tokens are left out
