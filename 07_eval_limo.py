@@ -3,11 +3,13 @@ r"""Chapter 7: does collaboration help? Accuracy against the budget of sequentia
 The problem. Two workers write two tokens per pass. That is worth something only if, after the same number of passes, the
 answer is right more often (paper, section 4). So: many problems, several methods, the same budgets for all, and a curve.
 
-Every method is chapter 6's loop with another layout, or another prompt:
+Every method is made of chapter 6's loop. The first five rows are the paper's method and its ablations (appendix E.1):
 
-    hogwild:W            workers who see each other, in the combined layout; contiguous:W, interleaved:W (step by step only)
-    no-check:W           hogwild without the question about redundant work     } the paper's ablations (appendix E.1);
-    re-encode:W          finished steps are encoded anew, not rotated          } hogwild:1 is one worker with the rules
+    hogwild:W            workers who see each other, in the combined layout; hogwild:1 is one worker who is told the rules
+    contiguous:W         the same in the contiguous layout
+    interleaved:W        the same, but they see each other's steps only when they are finished
+    no-check:W           hogwild without the question about redundant work
+    re-encode:W          hogwild, but finished steps are encoded anew, not rotated
     baseline             one worker, the plain prompt; asked for its answer when the budget ends (early stopping)
     no-early-stop        the same, but an answer counts only if it was written in time
     self-consistency:W   independent workers; the answer is given with all their text in view
@@ -17,10 +19,13 @@ Every method is chapter 6's loop with another layout, or another prompt:
 One run answers at every budget on its way: the answer is asked for in the cache that is there, and then the run goes on as
 though nobody had asked (chapter 6). Results are written as they come, a line each, and what is there is not done again.
 
-What to notice: the report says with how many problems, and gives intervals; with a handful of problems they are wide, and a
-model of 135 million parameters solves next to nothing, alone or in company. Left out: LiveCodeBench, which runs code.
+What is counted are passes in which somebody writes. Prompts, re-encoding and asking are not (paper, section 4.1); seconds
+leave out the first prompt and the asking.
 
-Run it: python 07_eval_limo.py                              (a minute: three methods on problems that stand in this file)
+What to notice: the report gives intervals. With a handful of problems they are wide, and a model of 135 million parameters
+solves next to nothing, alone or in company. Left out: LiveCodeBench, which runs code.
+
+Run it: python 07_eval_limo.py                              (a minute: two methods, a few problems that stand in this file)
         python 07_eval_limo.py --task limo --model Qwen/QwQ-32B --methods baseline hogwild:2 hogwild:4 --out limo.jsonl
         python 07_eval_limo.py --report limo.jsonl --png limo.png
 """
@@ -34,6 +39,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 
@@ -68,7 +74,7 @@ GSM8K_PROMPT = "Solve these problems and return comma-separated answers \\boxed{
 class Task:
     """Where the problems are, and how long an answer may be."""
 
-    answer_tokens: int  # at most so many tokens for the answer when the budget ends (paper, appendix C)
+    answer_tokens: int  # most tokens of an answer that is asked for (paper, appendix C; five numbers may want --answer-tokens)
     source: tuple = ()  # data set on the Hugging Face hub: (name, configuration, split)
     question: str = "question"  # its columns
     answer: str = "answer"
@@ -124,7 +130,7 @@ def clean_answer(answer):
 def read_jsonl_problems(path):
     """(question, answer) of each line of a JSONL file."""
     rows, seen = [], {}
-    for number, line in enumerate(generate.read_text(path, "data file").splitlines(), start=1):
+    for number, line in enumerate(generate.read_text(path, "data file").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -135,6 +141,8 @@ def read_jsonl_problems(path):
         missing = [key for key in ("question", "answer") if not isinstance(row, dict) or not str(row.get(key, "")).strip()]
         if missing:
             raise ValueError(f"line {number} of {path!r} has no {missing[0]}; each line needs the fields question and answer")
+        if not isinstance(row["question"], str):
+            raise ValueError(f"the question in line {number} of {path!r} is no text, but {row['question']!r}")
         if row["question"] in seen:
             raise ValueError(f"line {number} of {path!r} asks the same as line {seen[row['question']]}: remove one of them")
         seen[row["question"]] = number
@@ -148,7 +156,7 @@ def hub_rows(task):
     """Rows of a data set on the Hugging Face hub."""
     name, configuration, split = task.source
     try:
-        from datasets import load_dataset  # here, because it takes seconds and only this task needs it
+        from datasets import load_dataset  # here, because it takes seconds and only the hub's tasks need it
         return load_dataset(name, configuration, split=split)
     except Exception as error:  # its errors differ with the version
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -181,18 +189,19 @@ def tidy(answer):
 
 def digit_base(answer):
     """The base of a numeral such as 120_5, which math-verify does not look at; None for other answers."""
-    numeral = re.fullmatch(r"\s*\w+_\{?(\d+)\}?\s*", answer)
+    numeral = re.fullmatch(r"\w+_\{?(\d+)\}?", answer.strip(" $."))
     return numeral and numeral[1]
 
 
 def positions(answer, count):
     """Cut "18, 3, 70,000" into its parts; a comma may also stand between thousands, if the count asks for it."""
     parts = [part.strip() for part in answer.split(",")]
-    return parts if len(parts) == count else [part.strip() for part in re.split(r",(?!\d{3}(?!\d))", answer)]
+    return parts if len(parts) <= count else [part.strip() for part in re.split(r",(?!\d{3}(?!\d))", answer)]
 
 
 # ------------------------------------------------------------------------------------------------------------- methods
 
+# One writer may end its thoughts, its text, and write headings; there are no steps to keep apart.
 SOLO = {"layout": "independent", "forbid": [], "forbid_special": False, "check_every": 0}
 
 
@@ -213,7 +222,7 @@ class Prompted(generate.Hogwild):
     """
 
     def __init__(self, *arguments, prompts=None, at_once=None, **others):
-        self.prompts, self.at_once = prompts, at_once
+        self.prompts, self.at_once, self.next = prompts, at_once, 0  # next: whose turn it is
         super().__init__(*arguments, **others)
 
     def _openings(self):
@@ -227,14 +236,15 @@ class Prompted(generate.Hogwild):
 
     def _writing(self):
         writing = super()._writing()
-        if self.at_once is None or len(writing) <= self.at_once:
+        if self.at_once is None:
             return writing
-        first = len(self.passes) * self.at_once
-        return [writing[(first + i) % len(writing)] for i in range(self.at_once)]
+        chosen = sorted(writing, key=lambda w: (w.index - self.next) % len(self.workers))[:self.at_once]
+        self.next = chosen[-1].index + 1
+        return chosen
 
 
 class Samples(Prompted):
-    """The same, where a worker is done with its own \\boxed{}: the answer is asked for with all their text in view."""
+    """Independent samples: a \\boxed{} ends its worker, not the run. The answer is asked for with all their text in view."""
 
     def _answered(self, w, answer):
         w.finished = w.finished or answer is not None
@@ -244,7 +254,8 @@ class Skeleton:
     """Skeleton-of-Thought (paper, section 4.1 and appendix D.2), in three stages, each a run of chapter 6's loop.
 
     An outline; a thread per point of it, which do not see each other; then one worker who has read all threads goes on.
-    To the evaluation it looks like any other run: advance, answer, ending, passes.
+    To the evaluation it looks like any other run: advance, answer, ending, passes. While the threads are being written, an
+    answer is given by the last one, with the others' prompts and words in view.
     """
 
     OUTLINE = r"""Plan how to answer the question below, without answering it. Write a numbered list of 3 to 10 points (1., 2.,
@@ -263,10 +274,10 @@ You work on point {number} and on no other. Reason step by step, and put the res
 
     def __init__(self, model, tokenizer, problem, settings, forward=None, at_once=None):
         self.problem, self.settings, self.at_once = problem, settings, at_once
-        self.passes, self.generated, self.texts, self.points = [], 0, [], None
-        self.arguments, self.tokenizer = (model, tokenizer, problem), tokenizer
-        self.forward = forward
-        self._begin(Samples, [self._chat(self.OUTLINE) + "1."], min(self.LONGEST_OUTLINE, settings.max_passes))
+        self.arguments, self.tokenizer, self.forward = (model, tokenizer, problem), tokenizer, forward
+        self.passes, self.generated, self.texts = [], 0, []  # texts: what the stages before this one wrote
+        self.stage_number, self.points, self.stuck = 1, None, None  # stuck: why the next stage could not begin
+        self._begin(Prompted, [self._chat(self.OUTLINE) + "1."], min(self.LONGEST_OUTLINE, settings.max_passes))
 
     def _chat(self, template, **fill):
         """A template, filled in, in the model's chat format."""
@@ -280,19 +291,16 @@ You work on point {number} and on no other. Reason step by step, and put the res
         self.stage = kind(*self.arguments, settings, self.forward, prompts=prompts, at_once=at_once)
 
     @property
-    def last(self):
-        """Is this the last stage?"""
-        return not isinstance(self.stage, Samples)
-
-    @property
     def ending(self):
         """As of a run: None while it goes on."""
-        return "passes" if len(self.passes) >= self.settings.max_passes else self.stage.ending if self.last else None
+        if len(self.passes) >= self.settings.max_passes:
+            return "passes"
+        return self.stage.ending if self.stage_number == 3 else self.stuck
 
     @property
     def boxed(self):
         """The answer of the last stage, once it is written."""
-        return self.stage.boxed if self.last else None
+        return self.stage.boxed if self.stage_number == 3 else None
 
     def advance(self):
         """One forward pass of the present stage, and on to the next one where that is over."""
@@ -300,13 +308,15 @@ You work on point {number} and on no other. Reason step by step, and put the res
         self.passes.append(record)
         self.generated += len(record["sampled"])
         if self.stage.ending is not None and self.ending is None:
-            self._next_stage(self.settings.max_passes - len(self.passes))
+            try:
+                self._next_stage(self.settings.max_passes - len(self.passes))
+            except ValueError:  # its prompt is longer than the model's context
+                self.stuck = "context"
         return record
 
     def _next_stage(self, passes):
-        texts = [self.stage.decode([i for i in w.ids if i not in self.stage.end_ids]).strip() for w in self.stage.workers]
-        self.texts += texts
-        if self.points is None:  # the outline is there
+        texts = [text_of(self.stage, w).strip() for w in self.stage.workers]
+        if self.stage_number == 1:  # the outline is there
             outline = "1. " + texts[0]
             self.points = (re.findall(r"^\s*\d+[.)]\s*(\S.*)$", outline, re.MULTILINE) or [outline])[:self.MOST_POINTS]
             prompts = [self._chat(self.POINT, outline=outline, number=str(k)) + f"{k}. {point}"
@@ -315,6 +325,8 @@ You work on point {number} and on no other. Reason step by step, and put the res
         else:
             threads = "\n\n".join(f"{k}. {point} {text}" for k, (point, text) in enumerate(zip(self.points, texts), start=1))
             self._begin(Prompted, [self._chat(generate.SOLO_PROMPT) + threads + "\n\n"], passes)
+        self.texts += texts
+        self.stage_number += 1
 
     def answer(self):
         """The answer now, from what the present stage has in view."""
@@ -335,14 +347,14 @@ METHODS = {  # name -> (what runs it, settings that differ, workers unless the n
 
 
 def method_of(spec):
-    """"hogwild:4" -> ("hogwild", 4). Raises ValueError if there is no such method."""
-    name, _, count = spec.partition(":")
+    """Take a method's name apart: hogwild:4 is ("hogwild", 4). Raises ValueError if there is no such method."""
+    name, colon, count = spec.partition(":")
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}; choose among {', '.join(METHODS)}, with :W for W workers where wanted")
     workers = METHODS[name][2]
-    if count:
+    if colon:
         most = 1 if workers == 1 else len(generate.NAMES)
-        if not count.isdigit() or not 1 <= int(count) <= most:
+        if not count.isdecimal() or not 1 <= int(count) <= most:
             raise ValueError(f"{spec!r} asks for {count!r} workers; there can be 1 to {most}")
         workers = int(count)
     return name, workers
@@ -390,8 +402,16 @@ def transcript(run):
     """What was written: finished steps in their order, then what every worker has unfinished."""
     if isinstance(run, Skeleton):
         return run.texts + transcript(run.stage)
+    if not run.layout.moves:
+        return [text_of(run, w) for w in run.workers]
     finished = [closed["text"] for record in run.passes for closed in record["closed"]]
-    return finished + [run.decode(w.ids) for w in run.workers if w.ids]
+    return finished + [run.decode(w.ids) for w in run.workers]
+
+
+def text_of(run, w):
+    """All that worker w has written, without the end of text."""
+    closed = [closed["text"] for record in run.passes for closed in record["closed"] if closed["worker"] == w.index]
+    return "".join(closed) + run.decode([i for i in w.ids if i not in run.end_ids])
 
 
 class Results:
@@ -481,7 +501,9 @@ def run_all(todo, problems, model, tokenizer, settings, budgets, results, consol
             progress.update(bar, description=running_accuracy(results.found, budgets[-1]) + f"now: {spec}, problem {number}")
             problem, result = problems[number], {"method": spec, "problem": number, "seed": seed}
             try:
-                run = start_run(spec, model, tokenizer, problem["question"], replace(settings, seed=seed), forward)
+                # (worker i draws with the run's seed + i, so the seeds of two runs are as far apart as there can be workers)
+                drawn = replace(settings, seed=seed * len(generate.NAMES))
+                run = start_run(spec, model, tokenizer, problem["question"], drawn, forward)
                 result.update(evaluate(run, problem["answers"], budgets, early_stop=spec != "no-early-stop"))
             except Exception as error:  # whatever it is: one problem of a thousand
                 result["error"] = f"{type(error).__name__}: {error}"
@@ -507,62 +529,90 @@ def interval(mean, count):
 
 
 def summary(results, budgets):
-    """Per method: count, faults, and for each budget accuracy, seconds and answers not understood; passes of right answers."""
+    """Per method, over the problems that all methods have done: what the report prints.
+
+    Several seeds of one problem are no new problem: they are averaged first, and intervals count problems.
+    """
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    common = set.intersection(*({key_of(r)[1:] for r in results if r["method"] == method} for method in methods))
+    problems = sorted({problem for problem, _ in common})
     table = {}
-    for method in dict.fromkeys(result["method"] for result in results):
-        mine = [result for result in results if result["method"] == method]
+    for method in methods:
+        mine = [result for result in results if result["method"] == method and key_of(result)[1:] in common]
         good = [result for result in mine if "error" not in result]
-        columns = {key: [sum(float(result["answers"][str(b)][key]) for result in good) for b in budgets]
-                   for key in ("score", "seconds", "understood")}
-        right = [next((result["answers"][str(b)]["passes"] for b in budgets if result["answers"][str(b)]["score"] == 1), None)
-                 for result in good]
-        right = [passes for passes in right if passes is not None]
+        scores = [[mean([0.0 if "error" in r else r["answers"][str(b)]["score"] for r in mine if r["problem"] == problem])
+                   for problem in problems] for b in budgets]  # [budgets][problems]; a fault is no right answer
+        final = [result["answers"][str(budgets[-1])] for result in good]
+        right = [next(r["answers"][str(b)]["passes"] for b in budgets if r["answers"][str(b)]["score"] == 1)
+                 for r in good if any(r["answers"][str(b)]["score"] == 1 for b in budgets)]
         table[method] = {
-            "count": len(mine), "faults": len(mine) - len(good),
-            "accuracy": [score / len(mine) for score in columns["score"]],  # a fault is no right answer
-            "seconds": [seconds / max(1, len(good)) for seconds in columns["seconds"]],
-            "not_understood": [len(good) - int(understood) for understood in columns["understood"]],
-            "passes_to_right": sum(right) / len(right) if right else None,
+            "runs": len(mine), "count": len(problems), "scores": scores, "accuracy": [mean(row) for row in scores],
+            "seconds": [mean([result["answers"][str(b)]["seconds"] for result in good]) for b in budgets],
+            "none": sum(not (entry["answer"] or "").strip() for entry in final),
+            "not_understood": sum(bool((entry["answer"] or "").strip()) and not entry["understood"] for entry in final),
+            "faults": len(mine) - len(good), "context": sum(result["ending"] == "context" for result in good),
+            "passes_to_right": mean(right) if right else None,
         }
     return table
 
 
+def mean(numbers):
+    """The mean; 0 of nothing."""
+    return sum(numbers) / len(numbers) if numbers else 0.0
+
+
 def passes_to_reach(level, budgets, accuracy):
-    """The budget at which `accuracy` (at `budgets`) first reaches `level`, between two budgets in proportion; or None."""
-    before = (0, 0.0)
-    for point in zip(budgets, accuracy):
-        if point[1] >= level:
-            share = (level - before[1]) / (point[1] - before[1]) if point[1] > before[1] else 1.0
-            return before[0] + share * (point[0] - before[0])
-        before = point
+    """The number of passes at which `accuracy` (measured at `budgets`) reaches `level`, between two budgets in proportion.
+
+    None if that is not between two budgets that were measured.
+    """
+    points = list(zip(budgets, accuracy))
+    for (before, low), (after, high) in zip(points, points[1:]):
+        if low < level <= high:
+            return before + (level - low) / (high - low) * (after - before)
     return None
 
 
 def relative_passes(budgets, accuracy, baseline):
     """Passes that a method takes to the accuracy that it and the baseline reach, as a multiple of the baseline's."""
-    level = min(max(accuracy), max(baseline)) if baseline else 0.0
-    if level == 0.0 or accuracy is baseline:
-        return "–"
-    return f"{passes_to_reach(level, budgets, accuracy) / passes_to_reach(level, budgets, baseline):.2f} (at {level:.0%})"
+    level = min(max(accuracy), max(baseline))
+    mine, theirs = (passes_to_reach(level, budgets, curve) for curve in (accuracy, baseline))
+    return "–" if mine is None or theirs is None else f"{mine / theirs:.2f} (at {level:.0%})"
+
+
+def difference(scores, baseline, draws=2000):
+    """Mean of score minus baseline's over the same problems, and its 95 % interval from redrawing problems (bootstrap)."""
+    pairs = [mine - theirs for mine, theirs in zip(scores, baseline)]
+    chance = random.Random(0)
+    means = sorted(mean(chance.choices(pairs, k=len(pairs))) for _ in range(draws))
+    return mean(pairs), means[round(0.025 * draws)], means[round(0.975 * draws) - 1]
 
 
 def report(console, settings, results, png=None):
     """Print the tables of an evaluation, and draw its curves."""
     budgets, table = settings["budgets"], summary(results, settings["budgets"])
+    base, count = table.get("baseline"), next(iter(table.values()))["count"]
     data = f" from {settings['data']}" if settings["data"] else ""
-    lines = [f"{settings['model']} on {settings['task']}{data}", "",
-             "right after so many passes, with the 95 % interval:",
+    lines = [f"{settings['model']} on {settings['task']}{data}, the {count} problems that all methods have done", "",
+             "right after so many passes, with the 95 % interval of the share:",
              f"  {'method':20}{'runs':>5}" + "".join(f"{budget:>16,}" for budget in budgets)]
     for method, row in table.items():
         spans = [interval(accuracy, row["count"]) for accuracy in row["accuracy"]]
         cells = [f"{accuracy:.0%} ({low:.0%}–{high:.0%})" for accuracy, (low, high) in zip(row["accuracy"], spans)]
-        lines.append(f"  {method:20}{row['count']:>5}" + "".join(f"{cell:>16}" for cell in cells))
-    lines += ["", "at the largest budget; passes as a multiple of the baseline's, at the accuracy that both reach:",
-              f"  {'method':20}{'not understood':>16}{'faults':>8}{'passes to a right answer':>26}{'passes / baseline':>20}"]
+        lines.append(f"  {method:20}{row['runs']:>5}" + "".join(f"{cell:>16}" for cell in cells))
+    lines += ["", "At the largest budget: difference from the baseline on the same problems (95 % interval); passes to the",
+              "accuracy that both reach, as a multiple of the baseline's; mean passes to a right answer, of the runs that gave",
+              "one; runs without an answer, with one that was not understood, that failed, that the model's context ended:",
+              f"  {'method':20}{'difference':>22}{'passes':>16}{'to right':>10}{'none':>6}{'not understood':>16}{'faults':>8}"
+              f"{'context':>9}"]
     for method, row in table.items():
         needed = "–" if row["passes_to_right"] is None else f"{row['passes_to_right']:.0f}"
-        ratio = relative_passes(budgets, row["accuracy"], table.get("baseline", {}).get("accuracy"))
-        lines.append(f"  {method:20}{row['not_understood'][-1]:>16}{row['faults']:>8}{needed:>26}{ratio:>20}")
+        ratio = change = "–"
+        if base and row is not base:
+            ratio = relative_passes(budgets, row["accuracy"], base["accuracy"])
+            change = "{:+.0%} ({:+.0%} – {:+.0%})".format(*difference(row["scores"][-1], base["scores"][-1]))
+        lines.append(f"  {method:20}{change:>22}{ratio:>16}{needed:>10}{row['none']:>6}{row['not_understood']:>16}"
+                     f"{row['faults']:>8}{row['context']:>9}")
     console.print("\n" + "\n".join(lines) + "\n", soft_wrap=True, markup=False)
     if png:
         draw(png, settings, table)
@@ -602,9 +652,9 @@ def parse_arguments(argv):
     what = parser.add_argument_group("what")
     what.add_argument("--task", default="own", help=f"{', '.join(TASKS)} (default: own, the problems in this file)")
     what.add_argument("--data", metavar="FILE", help="a local JSONL file with question and answer, instead of the hub's data")
-    what.add_argument("--methods", nargs="+", default=["baseline", "hogwild:2", "self-consistency:2"], metavar="METHOD",
+    what.add_argument("--methods", nargs="+", default=["baseline", "hogwild:2"], metavar="METHOD",
                       help=f"{', '.join(METHODS)}; with :W for W workers")
-    what.add_argument("--budgets", type=int, nargs="+", metavar="PASSES", help="default: 32 64 96, with --model 256 ... 4096")
+    what.add_argument("--budgets", type=int, nargs="+", metavar="PASSES", help="default: 32 64; with --model 256 ... 4096")
     what.add_argument("--limit", type=int, metavar="N", help="the first N problems only (default: 3 of task own, else all)")
     what.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="all of it once per seed (default: 0)")
     how = parser.add_argument_group("how")
@@ -625,7 +675,7 @@ def parse_arguments(argv):
     if args.task not in TASKS:
         raise ValueError(f"there is no task {args.task!r}; choose one of {', '.join(TASKS)}")
     args.methods = list(dict.fromkeys(map(canonical, args.methods)))
-    args.budgets = args.budgets or ([32, 64, 96] if args.model is None else [256, 512, 1024, 2048, 4096])
+    args.budgets = args.budgets or ([32, 64] if args.model is None else [256, 512, 1024, 2048, 4096])
     if args.budgets[0] < 1 or any(b <= a for a, b in zip(args.budgets, args.budgets[1:])):
         raise ValueError(f"budgets have to be increasing numbers of passes, not {' '.join(map(str, args.budgets))}")
     if args.limit is not None and args.limit < 1:
@@ -644,7 +694,7 @@ def common_settings(args):
         data = f"{Path(args.data).name} ({hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]})"
     return {"model": args.model or shared_cache.BUNDLED, "dtype": args.dtype, "task": args.task, "data": data,
             "budgets": args.budgets, "greedy": args.greedy, "check_every": args.check_every,
-            "answer_tokens": args.answer_tokens or TASKS[args.task].answer_tokens}
+            "answer_tokens": TASKS[args.task].answer_tokens if args.answer_tokens is None else args.answer_tokens}
 
 
 def run_command(args, console):
@@ -653,7 +703,9 @@ def run_command(args, console):
     Under torchrun, either every process takes its share of the runs and writes a file of its own; or (tensor parallel) each
     holds a share of every weight, all go through the same runs, and the first one writes.
     """
-    team = PartialState(cpu=not torch.cuda.is_available()) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    # (whoever is ready first waits for the others, however long they take)
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1  # set by torchrun
+    team = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30)) if many else None
     rank, processes = (team.process_index, team.num_processes) if team else (0, 1)
     if args.tensor_parallel and not team:
         raise ValueError("--tensor-parallel shards a model over several processes: start it with torchrun --nproc-per-node N")
@@ -663,7 +715,7 @@ def run_command(args, console):
     settings = generate.Settings(max_passes=args.budgets[-1], greedy=args.greedy, check_every=args.check_every,
                                  answer_tokens=common["answer_tokens"])
     for seed in args.seeds:
-        replace(settings, seed=seed)  # says what is wrong with it
+        replace(settings, seed=seed * len(generate.NAMES))  # says what is wrong with it
     limit = args.limit or (3 if args.task == "own" and not args.data else len(problems))
     problems = problems[:limit]
     wanted = [(method, problem["id"], seed) for problem in problems for seed in args.seeds for method in args.methods]
@@ -704,10 +756,14 @@ def main(argv=None):
     try:
         args = parse_arguments(argv)
         if args.report:
-            found = [read_results(file) for path in args.report for file in files_of(path) or [path]]
-            if len({json.dumps(settings) for settings, _, _ in found}) > 1 or found[0][0] is None:
+            files = dict.fromkeys(file for path in args.report for file in files_of(path) or [path])  # each once
+            found = [read_results(file) for file in files]
+            results = {key_of(result): result for _, rows, _ in found for result in rows}
+            if not results:
+                raise ValueError(f"there are no results in {', '.join(args.report)}")
+            if any(settings != found[0][0] for settings, _, _ in found):
                 raise ValueError("these files hold results of different settings: report on one at a time")
-            report(console, found[0][0], [result for _, results, _ in found for result in results], args.png)
+            report(console, found[0][0], list(results.values()), args.png)
         else:
             run_command(args, console)
     except (ValueError, RuntimeError, OSError) as error:
@@ -721,7 +777,8 @@ def main(argv=None):
 
 # Exercises
 # 1. Add a method: workers who see each other, but are told nothing about it. What do you expect?
-# 2. From which number of problems on could two methods with 60 % and 70 % be told apart? Check with `interval`.
+# 2. From which number of problems on could two methods with 60 % and 70 % be told apart? Why does it help that both have done
+#    the same problems? (`interval`, `difference`)
 # 3. Majority voting needs three workers and no model. Compare it with the answer that self-consistency gives.
 
 if __name__ == "__main__":

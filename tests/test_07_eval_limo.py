@@ -185,23 +185,27 @@ def test_skeleton_of_thought_goes_through_its_stages(toy, monkeypatch, spec, thr
     """An outline of three points, three threads, then one worker who has read them; the budget counts all passes."""
     model, tokenizer = toy
     end = tokenizer.eos_token_id
-    outline, thread = (tokenizer(text, add_special_tokens=False).input_ids for text in (" red\n2. green\n3. blue", "done"))
-    seen = []
+    outline = tokenizer(" red.\n\n2. green\n3. blue", add_special_tokens=False).input_ids
+    thread = tokenizer("It is done.\n\nReally", add_special_tokens=False).input_ids
+    seen, written = [], {}
 
     def sample(run, logits, writing):
         seen.append(len(writing))
-        script = {1: [*outline, end], 3: [*thread, end]}.get(len(run.workers), []) if stage.last is False else []
-        return [script[len(w.ids)] if len(w.ids) < len(script) else 42 for w in writing]
+        script = {1: [*outline, end], 3: [*thread, end]}.get(len(run.workers), []) if stage.stage_number < 3 else []
+        for w in writing:
+            written[id(w)] = written.get(id(w), -1) + 1
+        return [script[written[id(w)]] if written[id(w)] < len(script) else 42 for w in writing]
 
     stage = evaluation.start_run(spec, model, tokenizer, QUESTION, generate.Settings(max_passes=80, greedy=True))
     monkeypatch.setattr(generate.Hogwild, "sample", sample)
     while stage.ending is None:
         stage.advance()
-    assert stage.points == ["red", "green", "blue"] and stage.last and len(stage.passes) == 80
+    assert stage.points == ["red.", "green", "blue"] and stage.stage_number == 3 and len(stage.passes) == 80
     assert seen[:len(outline) + 1] == [1] * (len(outline) + 1) and seen[len(outline) + 1] == threads
     assert sum(seen) == stage.generated == len(outline) + 1 + 3 * (len(thread) + 1) + stage.stage.generated
     prompt = tokenizer.decode(stage.stage.encode(stage.stage.prompts[0]))
-    assert "1. red done\n\n2. green done\n\n3. blue done\n\n" in prompt and isinstance(stage.answer(), str)
+    really = "It is done.\n\nReally\n\n"
+    assert f"1. red. {really}2. green {really}3. blue {really}" in prompt and isinstance(stage.answer(), str)
 
 
 def test_reencoded_steps_are_encoded_in_their_place(toy, monkeypatch):
@@ -312,17 +316,25 @@ def test_the_figures_of_the_report():
     assert evaluation.interval(0.0, 20) == (pytest.approx(0.0), pytest.approx(0.1611, abs=1e-4))
 
     def result(method, scores):
-        return {"method": method, "answers": {str(b): {"score": s, "seconds": b / 10, "understood": s is not None, "passes": b}
-                                              for b, s in zip((10, 20), scores)}}
-    results = [result("baseline", (0, 1)), result("baseline", (0, 0)), result("hogwild:2", (1, 1)), result("hogwild:2", (0, 1)),
-               {"method": "hogwild:2", "error": "x"}]
+        entry = {"understood": True, "answer": "7"}
+        return {"method": method, "ending": "passes", "answers": {
+            str(b): {**entry, "score": s, "seconds": b / 10, "passes": b} for b, s in zip((10, 20), scores)}}
+    rows = {"baseline": [(0, 1), (0, 0), (0, 0)], "hogwild:2": [(1, 1), (0, 1), None]}
+    results = [{**({"error": "x"} if scores is None else result(method, scores)), "method": method, "problem": i, "seed": 0}
+               for method, column in rows.items() for i, scores in enumerate(column)]
+    results.append({**result("baseline", (1, 1)), "problem": 9, "seed": 0})  # of a problem that hogwild has not done: left out
     table = evaluation.summary(results, [10, 20])
-    assert table["baseline"]["accuracy"] == [0, 0.5] and table["baseline"]["passes_to_right"] == 20
-    assert table["hogwild:2"]["accuracy"] == [1 / 3, 2 / 3] and table["hogwild:2"]["faults"] == 1
-    assert table["hogwild:2"]["passes_to_right"] == 15 and table["hogwild:2"]["seconds"] == [1, 2]
+    base, ours = table["baseline"], table["hogwild:2"]
+    assert base["accuracy"] == [0, 1 / 3] and base["passes_to_right"] == 20 and base["count"] == 3
+    assert ours["accuracy"] == [1 / 3, 2 / 3] and ours["faults"] == 1 and ours["passes_to_right"] == 15
+    assert ours["seconds"] == [1, 2] and ours["none"] == ours["not_understood"] == 0
+    again = evaluation.summary(results + [{**row, "seed": 1} for row in results], [10, 20])["hogwild:2"]
+    assert again["count"] == 3 and again["runs"] == 6 and again["accuracy"] == ours["accuracy"]  # seeds are no problems
     assert evaluation.passes_to_reach(0.5, [10, 20], [0, 0.5]) == 20
     assert evaluation.passes_to_reach(0.5, [10, 20], [1 / 3, 2 / 3]) == pytest.approx(15)
     assert evaluation.relative_passes([10, 20], [1 / 3, 2 / 3], [0, 0.5]) == "0.75 (at 50%)"
+    assert evaluation.relative_passes([10, 20], [0.9, 0.9], [0, 0.5]) == "–"  # reached before the first budget: not measured
+    assert evaluation.difference([1, 1, 0], [0, 0, 0]) == (pytest.approx(2 / 3), 0, 1)
 
 
 def test_problems_from_files(tmp_path):
