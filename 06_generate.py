@@ -842,7 +842,7 @@ def check_writable(path):
         if Path(path).exists() and not Path(path).is_file():
             raise OSError("it is no ordinary file")
         part.touch()
-        part.unlink()
+        part.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"{path!r} cannot be written ({error.strerror or error}): give a file name in a folder that exists "
                          "and is writable") from error

@@ -29,12 +29,14 @@ Run it: python 07_eval_limo.py                              (a minute: two metho
         python 07_eval_limo.py --task limo --model Qwen/QwQ-32B --methods baseline hogwild:2 hogwild:4 --out limo.jsonl
         python 07_eval_limo.py --report limo.jsonl --png limo.png
 """
+import glob
 import hashlib
 import json
 import math
 import os
 import random
 import re
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -42,6 +44,11 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two processes from writing to one file
+    fcntl = None
 
 import torch
 from accelerate import PartialState
@@ -122,15 +129,16 @@ def load_problems(name, data=None):
 
 
 def clean_answer(answer):
-    """The answer alone: GSM8K writes a solution before it, OlympiadBench a list with one answer around it."""
-    answer = answer[0] if isinstance(answer, list) and answer else answer
-    return str(answer).split("####")[-1].strip()
+    """The answer alone, or "": GSM8K writes a solution before it, OlympiadBench a list with one answer around it."""
+    answer = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
+    known = isinstance(answer, (str, int, float)) and not isinstance(answer, bool)
+    return str(answer).split("####")[-1].strip() if known else ""
 
 
 def read_jsonl_problems(path):
     """(question, answer) of each line of a JSONL file."""
     rows, seen = [], {}
-    for number, line in enumerate(generate.read_text(path, "data file").split("\n"), start=1):
+    for number, line in enumerate(generate.read_text(path, "data file").lstrip("\ufeff").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -138,11 +146,11 @@ def read_jsonl_problems(path):
         except ValueError as error:
             raise ValueError(f"line {number} of {path!r} is not JSON ({error}); each line has to be an object with the fields "
                              "question and answer") from error
-        missing = [key for key in ("question", "answer") if not isinstance(row, dict) or not str(row.get(key, "")).strip()]
-        if missing:
-            raise ValueError(f"line {number} of {path!r} has no {missing[0]}; each line needs the fields question and answer")
-        if not isinstance(row["question"], str):
-            raise ValueError(f"the question in line {number} of {path!r} is no text, but {row['question']!r}")
+        row = row if isinstance(row, dict) else {}
+        if not isinstance(row.get("question"), str) or not row["question"].strip():
+            raise ValueError(f"line {number} of {path!r} has no question; each line needs the fields question and answer")
+        if not clean_answer(row.get("answer")):
+            raise ValueError(f"line {number} of {path!r} has no answer: the field answer has to be a text or a number")
         if row["question"] in seen:
             raise ValueError(f"line {number} of {path!r} asks the same as line {seen[row['question']]}: remove one of them")
         seen[row["question"]] = number
@@ -174,9 +182,9 @@ def grade(answer, golds):
     """
     if answer is None or not answer.strip():
         return 0.0, False
-    given = [answer] if len(golds) == 1 else positions(answer.strip("()[]{} "), len(golds))
+    given = [answer] if len(golds) == 1 else positions(answer, len(golds))
     understood = [parse(tidy(part)) for part in given]
-    scores = [bool(mine) and verify(parse(tidy(gold)), mine) and digit_base(gold) in (None, digit_base(part))
+    scores = [bool(mine) and verify(parse(tidy(gold)), mine) and same_kind(gold, part)
               for gold, mine, part in zip(golds, understood, given)]
     return sum(scores) / len(golds), any(map(bool, understood))
 
@@ -187,16 +195,23 @@ def tidy(answer):
     return f"\\boxed{{{answer.strip().rstrip('.')}}}"
 
 
-def digit_base(answer):
-    """The base of a numeral such as 120_5, which math-verify does not look at; None for other answers."""
-    numeral = re.fullmatch(r"\w+_\{?(\d+)\}?", answer.strip(" $."))
-    return numeral and numeral[1]
+def same_kind(gold, answer):
+    """Two things that math-verify does not look at: the base of a numeral (120_5), and relations (x <= 14 is not 14)."""
+    bases = [re.fullmatch(r"[0-9A-F]+_\{?(\d+)\}?", text.strip(" $.")) for text in (gold, answer)]
+    relations = [re.findall(r"\\(?:leq?|geq?|to|neq?|approx)\b|[<>]", text) for text in (gold, answer)]
+    named = [base[1] if base else "10" for base in bases]
+    return (named[0] == named[1] or (bases[1] is None and bases[0] is not None)) and (bool(relations[0]) or not relations[1])
 
 
 def positions(answer, count):
-    """Cut "18, 3, 70,000" into its parts; a comma may also stand between thousands, if the count asks for it."""
-    parts = [part.strip() for part in answer.split(",")]
-    return parts if len(parts) <= count else [part.strip() for part in re.split(r",(?!\d{3}(?!\d))", answer)]
+    """Cut "18, 3, 70,000" into its parts, but not (1, 2). A comma may stand between thousands, if the count asks for it."""
+    answer = re.sub(r"\\left|\\right", "", answer).replace("{,}", "").replace("\\{", "{").replace("\\}", "}").strip()
+    outer = r",(?![^()\[\]{}]*[)\]}])"  # a comma that no closing bracket follows before an opening one
+    if len(re.split(outer, answer)) == 1:
+        answer = answer.strip("()[]{} ")  # all of it in brackets
+    parts = re.split(outer, answer)
+    parts = parts if len(parts) <= count else re.split(r",(?!\d{3}(?!\d))", answer)
+    return [part.strip() for part in parts]
 
 
 # ------------------------------------------------------------------------------------------------------------- methods
@@ -354,8 +369,8 @@ def method_of(spec):
     workers = METHODS[name][2]
     if colon:
         most = 1 if workers == 1 else len(generate.NAMES)
-        if not count.isdecimal() or not 1 <= int(count) <= most:
-            raise ValueError(f"{spec!r} asks for {count!r} workers; there can be 1 to {most}")
+        if not re.fullmatch("[0-9]{1,2}", count) or not 1 <= int(count) <= most:
+            raise ValueError(f"{spec[:40]!r} does not name a number of workers from 1 to {most}")
         workers = int(count)
     return name, workers
 
@@ -425,8 +440,16 @@ class Results:
     """
 
     def __init__(self, path, settings, rank=0, processes=1, read_only=False):
-        self.path = Path(path) if rank == 0 else Path(path).with_suffix(f".rank{rank}-of-{processes}.jsonl")
-        self.found = []
+        self.path = Path(path) if rank == 0 else Path(f"{path}.rank{rank}-of-{processes}")
+        self.found, self.file = [], None
+        if not read_only:
+            self.file = open(self.path, "a", encoding="utf-8")
+            try:
+                if fcntl:
+                    fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or this process ends
+            except OSError as error:
+                raise ValueError(f"another process is writing to {str(self.path)!r}: wait for it, or take another "
+                                 "--out") from error
         for file in files_of(path):
             theirs, results, whole = read_results(file)
             for key in sorted({*settings, *(theirs or {})}):
@@ -435,22 +458,27 @@ class Results:
                                      "write to another file (--out)")
             self.found += results
             if file == self.path and not read_only and whole < file.stat().st_size:  # a crash cut the last line short
-                with open(file, "r+b") as damaged:
-                    damaged.truncate(whole)
-        self.file = None if read_only else open(self.path, "a", encoding="utf-8")
-        if self.file and self.file.tell() == 0:
+                self.file.truncate(whole)
+        if self.file and self.path.stat().st_size == 0:
             self._line({"format": FORMAT, **settings})
 
     @property
     def done(self):
-        """(method, problem, seed) of all results that are there."""
-        return {key_of(result) for result in self.found}
+        """(method, problem, seed) of all results that are there. What failed is tried again."""
+        return {key_of(result) for result in self.found if "error" not in result}
 
     def add(self, result):
         """Write a result, down to the disk."""
         self.found.append(result)
         if self.file:
             self._line(result)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *failure):
+        if self.file:
+            self.file.close()
 
     def _line(self, row):
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -466,10 +494,19 @@ def key_of(result):
     return result["method"], result["problem"], result["seed"]
 
 
+def one_each(results):
+    """Every result once; where a run failed and was tried again, the later one."""
+    found = {}
+    for result in results:
+        if "error" not in result or key_of(result) not in found:
+            found[key_of(result)] = result
+    return list(found.values())
+
+
 def files_of(path):
     """The files of an evaluation: the one of that name, and those of other processes beside it."""
     path = Path(path)
-    return [file for file in (path, *sorted(path.parent.glob(f"{path.stem}.rank*-of-*.jsonl"))) if file.exists()]
+    return [file for file in (path, *sorted(path.parent.glob(f"{glob.escape(path.name)}.rank*-of-*"))) if file.exists()]
 
 
 def read_results(path):
@@ -483,11 +520,16 @@ def read_results(path):
     for number, line in enumerate(data[:whole].splitlines(), start=1):
         try:
             rows.append(json.loads(line))
-            if (rows[0]["format"] != FORMAT) or (number > 1 and "method" not in rows[-1]):
+            if rows[0]["format"] != FORMAT or not rows[0]["budgets"]:
                 raise KeyError("format")
+            if number > 1 and "error" not in rows[-1]:
+                key_of(rows[-1]), [rows[-1]["answers"][str(budget)]["score"] for budget in rows[0]["budgets"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} of {str(path)!r} is no line of an evaluation's results; write to another file "
                              "(--out)") from error
+    start = f'{{"format": "{FORMAT}"'.encode()
+    if not rows and data[:len(start)] != start[:len(data)]:
+        raise ValueError(f"{str(path)!r} is no file of an evaluation's results; write to another file (--out)")
     settings = {key: value for key, value in rows[0].items() if key != "format"} if rows else None
     return settings, rows[1:], whole
 
@@ -496,7 +538,7 @@ def run_all(todo, problems, model, tokenizer, settings, budgets, results, consol
     """Run (method, problem, seed) for each in `todo`; a fault in one of them is recorded, and the others go on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=console.quiet) as progress:
-        bar = progress.add_task("", total=len(todo))
+        bar, faults = progress.add_task("", total=len(todo)), 0
         for spec, number, seed in todo:
             progress.update(bar, description=running_accuracy(results.found, budgets[-1]) + f"now: {spec}, problem {number}")
             problem, result = problems[number], {"method": spec, "problem": number, "seed": seed}
@@ -505,10 +547,14 @@ def run_all(todo, problems, model, tokenizer, settings, budgets, results, consol
                 drawn = replace(settings, seed=seed * len(generate.NAMES))
                 run = start_run(spec, model, tokenizer, problem["question"], drawn, forward)
                 result.update(evaluate(run, problem["answers"], budgets, early_stop=spec != "no-early-stop"))
+                faults = 0
             except Exception as error:  # whatever it is: one problem of a thousand
                 result["error"] = f"{type(error).__name__}: {error}"
+                faults += 1
             results.add(result)
             progress.advance(bar)
+            if faults == 5:
+                raise RuntimeError(f"five runs in a row failed, so the others would, too: {result['error']}")
 
 
 def running_accuracy(results, budget):
@@ -680,6 +726,10 @@ def parse_arguments(argv):
         raise ValueError(f"budgets have to be increasing numbers of passes, not {' '.join(map(str, args.budgets))}")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit is {args.limit}; it must be at least 1")
+    if args.greedy and len(args.seeds) > 1:
+        raise ValueError("greedy runs do not depend on the seed: give one")
+    if args.png and Path(args.png).suffix != ".png":
+        raise ValueError(f"--png draws a PNG, so the file has to end in .png, not as {args.png!r} does")
     if len(set(args.seeds)) < len(args.seeds):
         raise ValueError(f"a seed is given twice: {' '.join(map(str, args.seeds))}")
     for path in filter(None, (args.png, None if args.report else args.out)):
@@ -719,7 +769,22 @@ def run_command(args, console):
     limit = args.limit or (3 if args.task == "own" and not args.data else len(problems))
     problems = problems[:limit]
     wanted = [(method, problem["id"], seed) for problem in problems for seed in args.seeds for method in args.methods]
-    results = Results(args.out, common, rank, processes, read_only=args.tensor_parallel and rank > 0)
+    with Results(args.out, common, rank, processes, read_only=args.tensor_parallel and rank > 0) as results:
+        run_missing(args, common, settings, problems, wanted, results, team, console)
+    if rank:
+        return
+    found = one_each(result for file in files_of(args.out) for result in read_results(file)[1])
+    report(console, common, found, args.png)
+    failed = [result for result in found if "error" in result and key_of(result) in wanted]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(wanted)} runs failed (the same command tries them again), the first one: "
+                           f"{failed[0]['error']}")
+    console.print(f"[OK] {len(wanted)} runs are in {args.out}, each answered at {len(args.budgets)} budgets", markup=False,
+                  soft_wrap=True)
+
+
+def run_missing(args, common, settings, problems, wanted, results, team, console):
+    """Load the model and run those of `wanted` that are not among the results yet."""
     todo = [key for key in wanted if key not in results.done]
     console.print(f"{len(problems)} problems, {len(args.methods)} methods, {len(args.seeds)} seeds: {len(todo)} runs to "
                   f"do; results in {args.out}", soft_wrap=True, markup=False)
@@ -733,6 +798,9 @@ def run_command(args, console):
         if args.tensor_parallel:
             plan = DistributedConfig(tp_plan="auto")  # transformers' own: which weight is cut in which direction
             model, tokenizer = shared_cache.load_model(args.model, device, args.dtype, distributed_config=plan)
+            heads = model.config.get_text_config().num_key_value_heads
+            if heads % team.num_processes:
+                raise ValueError(f"{heads} key heads cannot be shared evenly by {team.num_processes} processes")
         else:
             model, tokenizer = shared_cache.load_model(args.model, device, args.dtype)
             shared_cache.pack_linears(model)
@@ -741,29 +809,23 @@ def run_command(args, console):
     if team:
         team.wait_for_everyone()
         torch.distributed.destroy_process_group()
-    if rank:
-        return
-    found = [result for file in files_of(args.out) for result in read_results(file)[1]]
-    report(console, common, found, args.png)
-    assert set(wanted) <= {key_of(result) for result in found}
-    console.print(f"[OK] {len(wanted)} runs are in {args.out}, each answered at {len(args.budgets)} budgets", markup=False,
-                  soft_wrap=True)
 
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
     console = Console(highlight=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # treat it like Ctrl-C
     try:
         args = parse_arguments(argv)
         if args.report:
             files = dict.fromkeys(file for path in args.report for file in files_of(path) or [path])  # each once
             found = [read_results(file) for file in files]
-            results = {key_of(result): result for _, rows, _ in found for result in rows}
+            results = one_each(result for _, rows, _ in found for result in rows)
             if not results:
                 raise ValueError(f"there are no results in {', '.join(args.report)}")
             if any(settings != found[0][0] for settings, _, _ in found):
                 raise ValueError("these files hold results of different settings: report on one at a time")
-            report(console, found[0][0], list(results.values()), args.png)
+            report(console, found[0][0], results, args.png)
         else:
             run_command(args, console)
     except (ValueError, RuntimeError, OSError) as error:

@@ -36,7 +36,7 @@ def test_the_answers_in_the_chapter_are_right():
 
 
 GRADED = {  # right answer -> (answers that a person would accept, answers that a person would not)
-    "14": ("14 |14.0| 14 |\\text{14}|14 \\text{ apples}|$14$|\\$14|14 apples|14.", "15|-14|141|1/4|"),
+    "14": ("14 |14.0| 14 |\\text{14}|14 \\text{ apples}|$14$|\\$14|14 apples|14.", "15|-14|141|1/4|14_5|\\le 14|17 \\to 14|"),
     "1000": ("1000|1,000|1{,}000|10^3|1\\,000", "100|10000|1,00"),
     "-3": ("-3|-3.0|-\\frac{6}{2}|- 3", "3|-2|+3"),
     "0.5": ("0.5|1/2|\\frac{1}{2}|\\frac12|\\dfrac{1}{2}|.5", "0.05|2|\\frac{1}{3}"),
@@ -94,6 +94,8 @@ def test_answers_are_graded_as_a_person_would():
 @pytest.mark.parametrize("answer, golds, score", [
     ("18,3,70000,540,20", FIVE, 1), ("18, 3, 70,000, 540, 20", FIVE, 1), ("18,3,1,1,1", FIVE, 0.4),
     ("3,18", ["18", "3"], 0), ("18", ["18", "3"], 0.5), ("(18,3)", ["18", "3"], 1),
+    ("\\left(18, 3\\right)", ["18", "3"], 1), ("18, 70{,}000", ["18", "70000"], 1), ("(1,2),(3,4)", ["(1,2)", "(3,4)"], 1),
+    ("\\{18, 3\\}", ["18", "3"], 1), ("18,3,120,540", FIVE, 0.6),
     ("\\$18,\\$3,1/2,5\\%,x", ["18", "3", "0.5", "5", "7"], 0.8), ("answer1=18, 3", ["18", "3"], 1)])
 def test_lists_are_graded_position_by_position(answer, golds, score):
     """The paper's per-question score; a comma may also stand between thousands."""
@@ -291,23 +293,64 @@ def test_killed_at_twenty_moments_it_ends_as_if_undisturbed(without_loading, tmp
 
 
 def test_a_fault_is_recorded_and_the_rest_goes_on(without_loading, tmp_path, monkeypatch, capsys):
-    """One problem fails; the report counts it as not right, and a second start does nothing again."""
+    """One problem fails: said in a sentence, counted as not right, and tried again (alone) by the next start."""
     start = evaluation.start_run
 
     def fail(spec, model, tokenizer, question, *others):
-        if "coins together" in question or "have together" in question:
+        if "have together" in question and broken:
             raise RuntimeError("broken on purpose")
         return start(spec, model, tokenizer, question, *others)
 
     monkeypatch.setattr(evaluation, "start_run", fail)
-    path = tmp_path / "out.jsonl"
-    for _ in range(2):
-        assert evaluation.main([*ARGUMENTS, str(path), "--png", str(tmp_path / "out.png")]) == 0
+    path, broken = tmp_path / "out.jsonl", True
+    assert evaluation.main([*ARGUMENTS, str(path), "--png", str(tmp_path / "out.png")]) == 2
+    said = capsys.readouterr()
+    assert "4 of 16 runs failed" in said.err and "broken on purpose" in said.err and "[OK]" not in said.out
     rows = [json.loads(line) for line in path.read_text().splitlines()][1:]
     assert len(rows) == 16 and sum("broken on purpose" in row.get("error", "") for row in rows) == 4
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+    assert evaluation.main(["--report", str(path), str(path)]) == 0 and "    16" not in (said := capsys.readouterr().out)
+    assert "      8" in said
+    broken = False
+    assert evaluation.main([*ARGUMENTS, str(path)]) == 0
     said = capsys.readouterr().out
-    assert "0 runs to do" in said.replace("\n", " ") and (tmp_path / "out.png").stat().st_size > 10_000
-    assert evaluation.main(["--report", str(path)]) == 0 and "faults" in capsys.readouterr().out
+    assert "4 runs to do" in said.replace("\n", " ") and "[OK] 16 runs" in said
+
+
+def test_every_method_is_what_it_says(toy):
+    """Layouts, workers, checks and prompts of all methods; an answer that was not written in time does not count."""
+    model, tokenizer = toy
+    settings = generate.Settings(max_passes=4, check_every=128)
+    expected = {"hogwild:3": ("combined", 3, 128), "hogwild:1": ("combined", 1, 128), "contiguous": ("contiguous", 2, 128),
+                "interleaved:4": ("interleaved", 4, 128), "no-check": ("combined", 2, 0), "re-encode:16": ("combined", 16, 128),
+                "baseline": ("independent", 1, 0), "no-early-stop": ("independent", 1, 0),
+                "self-consistency:5": ("independent", 5, 0)}
+    for spec, (layout, workers, check) in expected.items():
+        run = evaluation.start_run(spec, model, tokenizer, QUESTION, settings)
+        assert (run.layout.name, len(run.workers), run.settings.check_every) == (layout, workers, check), spec
+        assert run.layout.headers == (tokenizer.decode(run.workers[0].pending).strip().startswith("**Alice [1]:**"))
+    run = evaluation.start_run("no-early-stop", model, tokenizer, QUESTION, settings)
+    assert evaluation.evaluate(run, ["7"], [2, 4], early_stop=False)["answers"]["4"]["answer"] is None
+    run = evaluation.start_run("baseline", model, tokenizer, QUESTION, settings)
+    assert isinstance(evaluation.evaluate(run, ["7"], [2, 4])["answers"]["4"]["answer"], str)
+
+
+def test_one_file_has_one_writer_and_is_ours(tmp_path):
+    """A second process on the same file, and a file of somebody else, are refused; nothing is overwritten."""
+    common = {"budgets": [2]}
+    first = evaluation.Results(tmp_path / "a[1].b", common)
+    with pytest.raises(ValueError, match="another process"):
+        evaluation.Results(tmp_path / "a[1].b", common)
+    second = evaluation.Results(tmp_path / "a[1].b", common, rank=1, processes=2)
+    for results, number in ((first, 1), (second, 2)):
+        results.add({"method": "baseline", "problem": number, "seed": 0, "answers": {"2": {"score": 1}}})
+    assert len(evaluation.files_of(tmp_path / "a[1].b")) == 2
+    third = evaluation.Results(tmp_path / "a[1].b", common, read_only=True)
+    assert len(third.done) == 2
+    (tmp_path / "notes").write_text('{"my": "notes"}')
+    with pytest.raises(ValueError, match="no file of an evaluation"):
+        evaluation.Results(tmp_path / "notes", common)
+    assert (tmp_path / "notes").read_text() == '{"my": "notes"}'
 
 
 def test_the_figures_of_the_report():
@@ -362,7 +405,11 @@ WRONG = {
     "png": (GOOD, ["--png", "no/such/folder.png"], "cannot be written"), "data": (None, [], "cannot be read"),
     "other": (GOOD, ["--budgets", "3"], "budgets"), "report": (GOOD, ["--report", "nothing.jsonl"], "cannot be read"),
     "torchrun": (GOOD, ["--tensor-parallel", "--out", "tp.jsonl"], "torchrun"),
-    "answers": (GOOD, ["--answer-tokens", "-3"], "answer_tokens"), "foreign": (GOOD, ["--out", "data.jsonl"], "line 1 of"),
+    "answers": (GOOD, ["--answer-tokens", "0"], "answer_tokens"),
+    "null": ('{"question": "a", "answer": null}', [], "no answer"),
+    "list": ('{"question": ["a"], "answer": "1"}', [], "line 1 of"),
+    "greedy": (GOOD, ["--greedy", "--seeds", "1", "2"], "give one"), "picture": (GOOD, ["--png", "x.jpg"], "end in .png"),
+    "foreign": (GOOD, ["--out", "data.jsonl"], "line 1 of"),
 }
 
 
