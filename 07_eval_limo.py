@@ -672,19 +672,22 @@ def draw(png, settings, table):
     import matplotlib  # here, because it takes a second
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True, constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.5), sharey=True, constrained_layout=True)
+    colours = matplotlib.colormaps["tab20"].colors
     for number, (method, row) in enumerate(table.items()):
         low, high = zip(*(interval(accuracy, row["count"]) for accuracy in row["accuracy"]))
-        style = {"color": f"C{number % 10}", "linestyle": "--" if method.startswith(DASHED) else "-", "marker": "o"}
+        # (the strong colours of the palette first, then its pale ones)
+        style = {"color": colours[2 * number % 20 + number // 10 % 2], "marker": "o",
+                 "linestyle": "--" if method.startswith(DASHED) else "-"}
         for axis, x in zip(axes, (settings["budgets"], row["seconds"])):
             axis.plot(x, row["accuracy"], label=f"{method} (n = {row['count']})", **style)
-            axis.fill_between(x, low, high, color=style["color"], alpha=0.12)
+            axis.fill_between(x, low, high, color=style["color"], alpha=0.06)
     for axis, label in zip(axes, ("sequential forward passes", "mean seconds per problem, on the machine of the run")):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_xticks(settings["budgets"])
     axes[0].set_ylabel("accuracy, with 95 % intervals")
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.suptitle(f"{settings['model']} on {settings['task']}")
     figure.savefig(png, dpi=130)
     pyplot.close(figure)
