@@ -84,7 +84,7 @@ GRADED = {  # right answer -> (answers that a person would accept, answers that 
 
 
 def test_answers_are_graded_as_a_person_would():
-    """235 pairs of the kinds that stand in the data: numbers, fractions, intervals, tuples, units, percent, text, matrices."""
+    """238 pairs of the kinds that stand in the data: numbers, fractions, intervals, tuples, units, percent, text, matrices."""
     pairs = [(gold, answer, score) for gold, columns in GRADED.items() for score, column in zip((1, 0), columns)
              for answer in column.split("|")]
     assert len(pairs) > 200
