@@ -36,7 +36,6 @@ Run it: python 05_triton_kernel.py    (without a GPU in Triton's interpreter: sl
 import functools
 import os
 import sys
-import time
 from dataclasses import replace
 from importlib import import_module
 from statistics import median
@@ -410,45 +409,33 @@ def unique_bytes(tables, k, v):
 
 
 def microseconds(function, inputs, repeats=15):
-    """Median time of a call, in microseconds; function(*arguments) is called for each of `inputs` in turn.
+    """Median time of a call on a GPU, in microseconds; function(*arguments) is called for each of `inputs` in turn.
 
-    Let the inputs together be larger than the caches, so that each call finds its own data in memory only. On a GPU the
-    calls are recorded as one graph: launched one by one, a kernel of a few microseconds waits for Python.
+    Let the inputs together be larger than the caches, so that each call finds its own data in memory only. The calls are
+    recorded as one graph: launched one by one, a kernel of a few microseconds waits for Python.
     """
-    def calls():
-        for arguments in inputs:
-            output = function(*arguments)
-        return output
-
+    replay, _ = record_graph(lambda: [function(*arguments) for arguments in inputs])
     times = []
-    if inputs[0][0].device.type != "cuda":
-        for _ in range(repeats):
-            start = time.perf_counter()
-            calls()
-            times.append(1e6 * (time.perf_counter() - start))
-    else:
-        replay, _ = record_graph(calls)
-        for _ in range(repeats + 3):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            replay()
-            end.record()
-            end.synchronize()
-            times.append(1e3 * start.elapsed_time(end))
-    return median(times[-repeats:]) / len(inputs)
+    for _ in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end))
+    return median(times[3:]) / len(inputs)
 
 
 def bandwidth(device):
-    """Bytes per second, read and written, of a large copy on this device: a yardstick for kernels that wait for memory."""
-    size = 2**30 if device.type == "cuda" else 2**27
-    source, target = torch.empty(2, size, dtype=torch.uint8, device=device).random_()
-    return 2 * size / (1e-6 * microseconds(lambda x, y: y.copy_(x), [(source, target)]))
+    """Bytes per second, read and written, of a large copy on this GPU: a yardstick for kernels that wait for memory."""
+    source, target = torch.empty(2, 2**30, dtype=torch.uint8, device=device).random_()
+    return 2 * source.nbytes / (1e-6 * microseconds(lambda x, y: y.copy_(x), [(source, target)]))
 
 
 def cold_copies(cached, workers, device, heads=8, group=5, size=128, dtype=torch.bfloat16):
-    """Chapter 4's example on `device`, about 256 MB of it on a GPU, to outgrow its caches: a list of (q, k, v, tables)."""
+    """Chapter 4's example on a GPU, about 256 MB of it to outgrow the caches: a list of (q, k, v, tables)."""
     q, k, v, tables = query_rotation.example(cached, workers, dtype, heads, group, size)
-    copies = max(2, 2**28 // (2 * k.nbytes)) if device.type == "cuda" else 1
+    copies = max(2, 2**28 // (2 * k.nbytes))
     return [(*(x.clone().to(device) for x in (q, k, v)), tables) for _ in range(copies)]
 
 

@@ -238,7 +238,7 @@ class Worker:
     ids: list = field(default_factory=list)  # token ids of the step so far, the pending ones included
     shown: int = 0  # how many characters of the step's text the records contain so far
     check_due: bool = False  # the next step opens with the collaboration check
-    finished: bool = False  # wrote the end of text (only where that is not forbidden)
+    finished: bool = False  # wrote the end of text (only where that is not forbidden) or, in chapter 7, an answer of its own
 
     @property
     def block(self):

@@ -562,15 +562,15 @@ def running_accuracy(results, budget):
     scores = {}
     for result in results:
         scores.setdefault(result["method"], []).append(0.0 if "error" in result else result["answers"][str(budget)]["score"])
-    return "".join(f"{method} {sum(s) / len(s):.0%} · " for method, s in scores.items())
+    return "".join(f"{method} {mean(column):.0%} · " for method, column in scores.items())
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
 
-def interval(mean, count):
-    """95 % interval of a share `mean` seen in `count` trials (Wilson's): (low, high)."""
+def interval(share, count):
+    """95 % interval of a share seen in `count` trials (Wilson's): (low, high)."""
     z = 1.959964
-    middle, spread = mean + z * z / (2 * count), z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
+    middle, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return (middle - spread) / (1 + z * z / count), (middle + spread) / (1 + z * z / count)
 
 
@@ -581,6 +581,8 @@ def summary(results, budgets):
     """
     methods = list(dict.fromkeys(result["method"] for result in results))
     common = set.intersection(*({key_of(r)[1:] for r in results if r["method"] == method} for method in methods))
+    if not common:
+        raise ValueError("there is no problem yet that all methods have done, so there is nothing to compare")
     problems = sorted({problem for problem, _ in common})
     table = {}
     for method in methods:
@@ -589,15 +591,14 @@ def summary(results, budgets):
         scores = [[mean([0.0 if "error" in r else r["answers"][str(b)]["score"] for r in mine if r["problem"] == problem])
                    for problem in problems] for b in budgets]  # [budgets][problems]; a fault is no right answer
         final = [result["answers"][str(budgets[-1])] for result in good]
-        right = [next(r["answers"][str(b)]["passes"] for b in budgets if r["answers"][str(b)]["score"] == 1)
-                 for r in good if any(r["answers"][str(b)]["score"] == 1 for b in budgets)]
+        right = [[entry["passes"] for entry in result["answers"].values() if entry["score"] == 1] for result in good]
         table[method] = {
             "runs": len(mine), "count": len(problems), "scores": scores, "accuracy": [mean(row) for row in scores],
             "seconds": [mean([result["answers"][str(b)]["seconds"] for result in good]) for b in budgets],
             "none": sum(not (entry["answer"] or "").strip() for entry in final),
             "not_understood": sum(bool((entry["answer"] or "").strip()) and not entry["understood"] for entry in final),
             "faults": len(mine) - len(good), "context": sum(result["ending"] == "context" for result in good),
-            "passes_to_right": mean(right) if right else None,
+            "passes_to_right": mean([passes[0] for passes in right if passes]) if any(right) else None,
         }
     return table
 

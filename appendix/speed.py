@@ -2,7 +2,8 @@ r"""What it costs: the paper's Tables 1 and 2, for any model on any device, and 
 
 1. passes     A forward pass of all workers, one new token each, with everything that belongs to it: blocks, tables, the
               model, picking tokens. Against the stock model that decodes *one* sequence, in the strongest way that runs
-              here. As in the paper's Table 1: milliseconds, tokens per second, time to generate so many tokens.
+              here. As in the paper's Table 1: milliseconds, tokens per second, and the time to generate so many tokens
+              (summed up from the measured passes, not decoded).
 2. attention  One layer's attention, as in the paper's Table 2: against PyTorch's for one sequence, for a batch in which
               every worker has a copy of the cache for itself, and against turning all keys; and the set-up per pass.
 3. details    Moving a step, memory, what is spent outside the model (on the CPU, with the bundled model).
@@ -85,8 +86,10 @@ def microseconds(function, inputs, repeats=15):
 
 
 def bandwidth(device):
-    """Bytes per second, read and written, of a large copy: what a pass that only waits for memory can hope for."""
-    source, target = torch.empty(2, 2**30 if on_gpu(device) else 2**27, dtype=torch.uint8, device=device).fill_(1)
+    """Bytes per second, read and written, of a large copy: a yardstick for what waits for memory."""
+    if on_gpu(device):
+        return import_module("05_triton_kernel").bandwidth(device)
+    source, target = torch.empty(2, 2**27, dtype=torch.uint8).random_()
     return 2 * source.nbytes / (1e-6 * microseconds(lambda x, y: y.copy_(x), [(source, target)], 5))
 
 

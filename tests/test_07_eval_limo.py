@@ -373,6 +373,8 @@ def test_the_figures_of_the_report():
     assert ours["seconds"] == [1, 2] and ours["none"] == ours["not_understood"] == 0
     again = evaluation.summary(results + [{**row, "seed": 1} for row in results], [10, 20])["hogwild:2"]
     assert again["count"] == 3 and again["runs"] == 6 and again["accuracy"] == ours["accuracy"]  # seeds are no problems
+    with pytest.raises(ValueError, match="no problem yet"):  # one method has done problem 0, the other problem 1
+        evaluation.summary([results[0], results[4]], [10, 20])
     assert evaluation.passes_to_reach(0.5, [10, 20], [0, 0.5]) == 20
     assert evaluation.passes_to_reach(0.5, [10, 20], [1 / 3, 2 / 3]) == pytest.approx(15)
     assert evaluation.relative_passes([10, 20], [1 / 3, 2 / 3], [0, 0.5]) == "0.75 (at 50%)"
