@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -110,12 +111,16 @@ def hardware(device):
 
 # -------------------------------------------------------------------------------------------------- 1. passes of a model
 
+def head_size(config):
+    """D, which not every config names."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def random_cache(cache, tokens, model):
     """Fill a cache of the stock model with `tokens` random keys and values per layer."""
     config = model.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for layer in range(config.num_hidden_layers):
-        shape = (2, 1, config.num_key_value_heads, tokens, size)
+        shape = (2, 1, config.num_key_value_heads, tokens, head_size(config))  # keys and values [1, Hk, S, D]
         cache.update(*torch.randn(shape, dtype=model.dtype, device=model.device), layer)
     return cache
 
@@ -217,8 +222,8 @@ def bytes_of_pass(model, tokens):
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     weights = sum(p.nbytes for p in model.parameters()) - (embedding.nbytes if embedding is not head else 0)
     config = model.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return weights + 2 * tokens * config.num_hidden_layers * config.num_key_value_heads * size * model.dtype.itemsize
+    one_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * model.dtype.itemsize
+    return weights + tokens * one_token
 
 
 def seconds_to_generate(total, workers, lengths, seconds):
@@ -226,15 +231,8 @@ def seconds_to_generate(total, workers, lengths, seconds):
 
     Between two lengths time grows evenly, before the first it is constant.
     """
-    grid = torch.linspace(0, total, 257).tolist()
-    times = []
-    for length in grid:
-        after = next((i for i, measured in enumerate(lengths) if measured >= length), len(lengths) - 1)
-        before = max(0, after - 1)
-        span = lengths[after] - lengths[before]
-        part = max(0.0, (length - lengths[before]) / span) if span else 0.0
-        times.append(seconds[before] + part * (seconds[after] - seconds[before]))
-    return sum((a + b) / 2 for a, b in zip(times, times[1:])) / 256 * total / workers
+    grid = np.linspace(0, total, 257)  # lengths of the view
+    return float(np.trapezoid(np.interp(grid, lengths, seconds), grid)) / workers
 
 
 def passes(stock, args, report, name):
@@ -493,8 +491,7 @@ def main():
         for wanted in args.dtype if 1 in args.tables or args.model or args.shape else []:
             model, label = make_model(args, wanted)
             config, dtype = model.config.get_text_config(), model.dtype
-            size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            heads = (config.num_attention_heads, config.num_key_value_heads, size)
+            heads = (config.num_attention_heads, config.num_key_value_heads, head_size(config))
             if 1 in args.tables:
                 passes(model, args, report, label)
             del model
