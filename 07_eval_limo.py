@@ -129,10 +129,10 @@ def load_problems(name, data=None):
 
 
 def clean_answer(answer):
-    """The answer alone, or "": GSM8K writes a solution before it, OlympiadBench a list with one answer around it."""
-    answer = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
-    known = isinstance(answer, (str, int, float)) and not isinstance(answer, bool)
-    return str(answer).split("####")[-1].strip() if known else ""
+    """The answer alone, or "" if it is none: GSM8K writes a solution before it, OlympiadBench a list around it."""
+    parts = answer if isinstance(answer, list) else [answer]
+    known = all(isinstance(part, (str, int, float)) and not isinstance(part, bool) for part in parts)
+    return ", ".join(map(str, parts)).split("####")[-1].strip() if known else ""
 
 
 def read_jsonl_problems(path):

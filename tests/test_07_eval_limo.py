@@ -382,6 +382,13 @@ def test_the_figures_of_the_report():
     assert evaluation.difference([1, 1, 0], [0, 0, 0]) == (pytest.approx(2 / 3), 0, 1)
 
 
+@pytest.mark.parametrize("answer, clean", [("so\n#### 18", "18"), (["$x=2$"], "$x=2$"), (["1", "2"], "1, 2"), (7, "7"),
+                                           (None, ""), ([], ""), ({"a": 1}, ""), (True, "")])
+def test_answers_as_data_sets_have_them(answer, clean):
+    """A solution before it, a list around it, several of them, a number; and what is no answer."""
+    assert evaluation.clean_answer(answer) == clean
+
+
 def test_problems_from_files(tmp_path):
     """GSM8K lines make problems of five questions, none of them twice, in the paper's words."""
     path = tmp_path / "gsm.jsonl"
