@@ -91,7 +91,7 @@ class Part:
         return memory[:, self.slots] if isinstance(self.slots, slice) else memory.index_select(1, self.slots)
 
 
-@lru_cache(maxsize=16)  # all layers of a pass share it: one entry per Rope and window
+@lru_cache(maxsize=256)  # all layers of a pass share it: one entry per Rope and window
 def prepare(tables, rotation, window, device):
     """Everything about a pass that does not depend on q, k and v: (cos, sin, parts).
 
@@ -132,6 +132,7 @@ def attention(q, k, v, tables, rotation, scale, window=None):
     heads, group, new = k.shape[0], q.shape[0] // k.shape[0], q.shape[1]  # Hk, G, N
     turned = rope.rotate(q.float() * scale, cos, sin, rotation.rotates_last)  # [rows, Hq, N, D]
     turned = turned.reshape(-1, heads, group * new, q.shape[2])  # [rows, Hk, G*N, D]
+    turned = turned.unbind()
     scores = []  # per row: [Hk, G*N, slots]
     for part in parts:
         keys = part.read(k).float().transpose(1, 2)  # [Hk, D, slots]

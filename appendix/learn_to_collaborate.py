@@ -1,0 +1,168 @@
+import argparse
+import json
+import random
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+layouts = import_module("03_layouts")
+query_rotation = import_module("04_query_rotation")
+generate = import_module("06_generate")
+replay = import_module("replay")
+
+# ------------------------------------------------------------------------------------------------------------- the task
+
+LABELS = "ABCDEFGHIJK"
+NAMES = generate.NAMES[:4]
+END = ".\n\n"
+
+
+def chain(number):
+    """Sum of the squares of the digits, again and again, until that is 1 or 4 (all other numbers lead there)."""
+    numbers = [number]
+    while numbers[-1] not in (1, 4):
+        numbers.append(sum(int(digit) ** 2 for digit in str(numbers[-1])))
+    return numbers
+
+
+STARTS = [number for number in range(10, 100) if 2 <= len(chain(number)) - 1 <= 9]
+
+
+class Puzzle:
+    """A list of numbers. How many steps does it take to bring them all down, altogether?"""
+
+    def __init__(self, rng, items=(9, 11)):
+        self.starts = dict(zip(LABELS, rng.sample(STARTS, rng.randint(*items))))
+        self.text = "\n".join(f"{label}: {number}" for label, number in self.starts.items())
+        self.work = {label: [*(f" {n}" for n in chain(number)), f", {len(chain(number)) - 1} steps"]
+                     for label, number in self.starts.items()}
+        self.answer = str(sum(len(chain(number)) - 1 for number in self.starts.values()))
+
+
+def subtotal(words):
+    """The sum that stands at the end of a step."""
+    return 10 * int(words[-2][-1]) + int(words[-1])
+
+
+def ideal(puzzle, me, own, seen, past):
+    """The next word of worker `me`.
+
+    own: words of its unfinished step; seen: {other worker: words of its unfinished step}; past: [(worker, words)].
+    """
+    last = own[-1] if own else None
+    others = [*seen.values(), *(words for _, words in past)]
+    claims = [word[0] for words in [own, *others] for word in words if is_claim(word)]
+    if last is None or (is_claim(last) and contested(last, me, seen, past)):
+        free = LABELS.index(max(claims)) + 1 if claims else 0
+        return LABELS[free] + ":" if free < len(puzzle.starts) else "done"
+    mine = next((i for i in reversed(range(len(own))) if is_claim(own[i])), None)
+    if mine is not None and "done" not in own:
+        work = puzzle.work[own[mine][0]]
+        done = len(own) - mine - 1
+        if done < len(work):
+            return work[done]
+        total = (int(work[-1][2]) + next((subtotal(words) for w, words in reversed(past) if w == me), 0)) % 100
+        return [f", sum {total // 10}", str(total % 10), END][done - len(work)]
+    if last == ", wait" or (last == "done" and not all("done" in words for words in seen.values())):
+        return ", wait"
+    if last == "}":
+        return END
+    if "done" in own:
+        sums = {}
+        for w, words in past:
+            sums[w] = subtotal(words)
+        sums = [sums[w] for w in sorted(sums)]
+        total, after = sum(sums), own[own.index("done") + 1:]
+        running, total = [sum(sums[:k]) % 100 for k in range(2, len(sums))], total % 100
+        script = [word for s in running for word in (f", {s // 10}", str(s % 10))]
+        script += [", \\boxed{", str(total // 10), str(total % 10), "}"]
+        return script[len(after)]
+    return END
+
+
+def is_claim(word):
+    return len(word) == 2 and word[1] == ":"
+
+
+def contested(claim, me, seen, past):
+    return any(claim in words and (words[-1] != claim or w < me) for w, words in seen.items()) or any(claim in words for _, words in past)
+
+
+def play(puzzle, tokenizer, workers, layout, rng, slip=0.0):
+    """A run of the ideal team, as chapter 6 would have recorded it. Returns (plan, prompt, separators, passes)."""
+    plan = layouts.layout(layout, workers)
+    encode = tokenizer.encode
+    prompt = encode(f"{puzzle.text}\n\n" + (generate.PAST_STEPS if plan.moves else ""))
+    if plan.headers:
+        pending = [encode("\n\n" + generate.header(name, 1)) for name in NAMES[:workers]]
+    else:
+        prompt, pending = prompt[:-1], [prompt[-1:]] * workers
+    own, past, steps, passes = [[] for _ in range(workers)], [], [1] * workers, []
+    while True:
+        record = {"fed": dict(enumerate(pending)), "sampled": {}, "closed": []}
+        words = []
+        for w in range(workers):
+            seen = {j: own[j] for j in range(workers) if j != w} if layout == "combined" else {}
+            word = ideal(puzzle, w, own[w], seen, past)
+            record["sampled"][w] = tokenizer.ids[word]
+            if is_claim(word) and rng.random() < slip and word != "A:":
+                word = rng.choice(LABELS[:LABELS.index(word[0])]) + ":"
+                record["sampled"][w] = replay.NOTHING
+            words.append(word)
+        pending = [[tokenizer.ids[word]] for word in words]
+        passes.append(record)
+        if "}" in words:
+            return plan, prompt, {name: encode(generate.SEPARATORS[name]) for name in plan.separator_views}, passes
+        for w, word in enumerate(words):
+            own[w] = [*own[w], word]
+            if word == END:
+                past.append((w, own[w][:-1]))
+                own[w] = []
+                steps[w] += 1
+                record["closed"].append({"worker": w})
+                if plan.headers:
+                    pending[w] = pending[w] + encode(generate.header(NAMES[w], steps[w]))
+
+
+# -------------------------------------------------------------------------------------------------------------- the model
+
+class Words:
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.cache = tokenizer, tokenizer.get_vocab(), {}
+
+    def encode(self, text):
+        if text not in self.cache:
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            if len(text) > 100:
+                return ids
+            self.cache[text] = ids
+        return self.cache[text]
+
+
+def make_tokenizer():
+    digits = [str(d) for d in range(10)]
+    words = ["<unk>", "<end>", generate.PAST_STEPS, *generate.SEPARATORS.values(), generate.CHECK, generate.FINISHER,
+             "\n\n", END, "]:** ", *(f"**{name} [" for name in NAMES), "done", ", wait", ", \\boxed{", "}", *digits]
+    words += ["\n", *(label + ":" for label in LABELS), *(f", {d} steps" for d in range(2, 10))]
+    words += [f" {number}" for number in sorted({n for start in STARTS for n in chain(start)})]
+    words += [f", sum {d}" for d in digits] + [f", {d}" for d in digits]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    import re
+    pattern = "|".join(re.escape(w) for w in sorted(words, key=len, reverse=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
+
+
+def make_model(tokenizer, width=128, layers=4, heads=4, ffn=384, init=0.02):
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None, initializer_range=init))
