@@ -110,6 +110,7 @@ PROBLEM = """Tom has 3 red apples and 5 green apples. Ann has 4 red apples and 2
 are there, and how many altogether?"""
 NAMES = ["Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi",
          "Ivan", "Judy", "Mallory", "Niaj", "Olivia", "Peggy", "Rupert", "Sybil"]
+BUNDLED_MODEL = f"SmolLM2-135M-Instruct ({shared_cache.BUNDLED})"
 FORBIDDEN = ["</think>", "##", " ##", "###", " ###", "####", " ####"]  # ends of thought, and headings: those are ours
 
 # ------------------------------------------------------------------------------------------------- two rules about text
@@ -776,7 +777,7 @@ def parse(argv):
     who.add_argument("--attention", default="auto", choices=["auto", "torch", "triton"],
                      help="chapter 4's (torch), chapter 5's kernel (triton), or the kernel on a GPU (auto, the default)")
     how = parser.add_argument_group("how")
-    how.add_argument("--max-passes", type=int, default=default.max_passes, metavar="N",
+    how.add_argument("--max-passes", type=int, metavar="N",
                      help=f"budget of forward passes (default: {default.max_passes})")
     how.add_argument("--check-every", type=int, default=default.check_every, metavar="N",
                      help=f"generated tokens between checks for redundant work, 0 for none (default: {default.check_every})")
@@ -792,6 +793,8 @@ def parse(argv):
     show = parser.add_argument_group("showing and keeping")
     show.add_argument("--no-live", action="store_true", help="plain lines instead of the live display")
     show.add_argument("--save", metavar="FILE", help="write the trace of the run, also if it is interrupted or fails")
+    show.add_argument("--resume", metavar="FILE", help="go on with a saved run where it stopped, its problem and settings included "
+                      "(a larger --max-passes lets it go further); it is saved to the same FILE, unless --save names another")
     show.add_argument("--replay", metavar="FILE", help="show a saved run again; needs no model")
     show.add_argument("--svg", metavar="FILE", help="write the last picture of the display as an SVG")
     return parser.parse_args(argv)
@@ -805,7 +808,8 @@ def settings_of(args):
             raise ValueError(f"{names[0]} workers were asked for; there can be 1 to {len(NAMES)}")
         names = NAMES[:int(names[0])]
     prompt = None if args.prompt is None else read_text(args.prompt, "prompt")
-    return Settings(list(names), args.layout, args.max_passes, args.check_every, args.answer_tokens, seed=args.seed,
+    max_passes = Settings.max_passes if args.max_passes is None else args.max_passes
+    return Settings(list(names), args.layout, max_passes, args.check_every, args.answer_tokens, seed=args.seed,
                     greedy=args.greedy, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, prompt=prompt,
                     forbid=list(args.forbid))
 
@@ -870,9 +874,34 @@ def replay(path, console, live):
     return screen, trace
 
 
-def collaborate(args, settings, problem, console, live):
-    """Load the model and run the workers. Returns (screen, trace); the trace says how it ended, whatever happened."""
-    name = args.model or f"SmolLM2-135M-Instruct ({shared_cache.BUNDLED})"
+def resumed(args):
+    """Settings, problem and passes of the trace of --resume; `args` takes over from it what was not given."""
+    trace = load_trace(args.resume)
+    given = vars(args)
+    fixed = set(given) - {"resume", "model", "max_passes", "device", "dtype", "attention", "no_live", "save", "svg"}
+    changed = [name for name, default in vars(parse([])).items() if name in fixed and given[name] != default]
+    if changed:
+        raise ValueError(f"a resumed run keeps its problem and settings: leave out {changed[0].replace('_', '-')} (what may be "
+                         "given: --max-passes, --model, --device, --dtype, --attention, --save, --svg, --no-live)")
+    try:
+        settings = Settings(**trace["settings"])
+        settings.max_passes = settings.max_passes if args.max_passes is None else args.max_passes
+        args.model = args.model or (None if trace["model"] == BUNDLED_MODEL else trace["model"])
+        args.dtype = trace["dtype"].removeprefix("torch.") if args.dtype == "auto" else args.dtype
+        args.save = args.save or args.resume
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the trace {args.resume!r} is damaged: {type(error).__name__}: {error}") from error
+    if settings.max_passes < len(trace["passes"]):
+        raise ValueError(f"the run has taken {len(trace['passes'])} passes already; --max-passes {settings.max_passes} is less")
+    return settings, trace["problem"], trace["passes"]
+
+
+def collaborate(args, settings, problem, console, live, past=()):
+    """Load the model and run the workers, going on from the passes `past` of a run that was saved.
+
+    Returns (screen, trace); the trace says how it ended, whatever happened.
+    """
+    name = args.model or BUNDLED_MODEL
     console.print(f"loading {name} ...", style="dim", soft_wrap=True, markup=False)
     device = args.device or best_device()
     if device == "cpu":  # leave a core to the rest of the machine: one thread that has to wait makes all the others wait
@@ -880,12 +909,20 @@ def collaborate(args, settings, problem, console, live):
     forward = best_forward(device, args.attention)
     model, tokenizer = shared_cache.load_model(args.model, device, args.dtype)
     run = Hogwild(shared_cache.pack_linears(model), tokenizer, problem, settings, forward)
+    if past:
+        import_module("appendix.replay").restore(run, past)
     ending, answer, error = None, None, None
     screen = Screen(settings.workers, run.opening, run.layout.moves, live, problem.strip(), run.context, console)
     try:
         with screen:
+            for record in run.passes:
+                screen.show(record)
+            saved = time.monotonic()
             while run.ending is None:
                 screen.show(run.advance())
+                if args.save and time.monotonic() > saved + 10:  # nobody can catch a power cut
+                    save_trace(args.save, trace_of(run, name, "interrupted", None))
+                    saved = time.monotonic()
             ending = run.ending
             answer = run.answer()
     except KeyboardInterrupt:
@@ -912,8 +949,8 @@ def main(argv=None):
         if args.replay:
             screen, trace = replay(args.replay, console, live)
         else:
-            settings, problem = settings_of(args), read_problem(args)
-            screen, trace = collaborate(args, settings, problem, console, live)
+            settings, problem, past = resumed(args) if args.resume else (settings_of(args), read_problem(args), ())
+            screen, trace = collaborate(args, settings, problem, console, live, past)
     except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: out of memory, for instance
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2

@@ -19,9 +19,10 @@ replay = import_module("replay")
 
 # ------------------------------------------------------------------------------------------------------------- the task
 
-LABELS = "ABCDEFGHIJK"
+MODULUS = int(__import__("os").environ.get("MOD", "10"))
+LABELS = "ABCDEFGHIJKL"
 NAMES = generate.NAMES[:4]
-END = ".\n\n"
+END = ".\n\n"  # of a step that adds nothing
 
 
 def chain(number):
@@ -32,23 +33,18 @@ def chain(number):
     return numbers
 
 
-STARTS = [number for number in range(10, 100) if 2 <= len(chain(number)) - 1 <= 9]
+STARTS = [number for number in range(10, 100) if 2 <= len(chain(number)) - 1 <= (12 if MODULUS == 10 else 9)]
 
 
 class Puzzle:
     """A list of numbers. How many steps does it take to bring them all down, altogether?"""
 
-    def __init__(self, rng, items=(9, 11)):
+    def __init__(self, rng, items=(10, 12) if MODULUS == 10 else (9, 11)):
         self.starts = dict(zip(LABELS, rng.sample(STARTS, rng.randint(*items))))
         self.text = "\n".join(f"{label}: {number}" for label, number in self.starts.items())
         self.work = {label: [*(f" {n}" for n in chain(number)), f", {len(chain(number)) - 1} steps"]
                      for label, number in self.starts.items()}
-        self.answer = str(sum(len(chain(number)) - 1 for number in self.starts.values()))
-
-
-def subtotal(words):
-    """The sum that stands at the end of a step."""
-    return 10 * int(words[-2][-1]) + int(words[-1])
+        self.answer = str(sum(len(chain(number)) - 1 for number in self.starts.values()) % MODULUS)
 
 
 def ideal(puzzle, me, own, seen, past):
@@ -56,35 +52,28 @@ def ideal(puzzle, me, own, seen, past):
 
     own: words of its unfinished step; seen: {other worker: words of its unfinished step}; past: [(worker, words)].
     """
-    last = own[-1] if own else None
-    others = [*seen.values(), *(words for _, words in past)]
-    claims = [word[0] for words in [own, *others] for word in words if is_claim(word)]
-    if last is None or (is_claim(last) and contested(last, me, seen, past)):
+    last, finished = own[-1], dict(past)  # worker -> its latest finished step
+    claims = [word[0] for words in [own, *seen.values(), *(words for _, words in past)] for word in words if is_claim(word)]
+    if "done" in finished.get(me, ()):
+        sums = {w: amount(words[0]) for w, words in [*past, *seen.items()] if "done" in words}
+        if last == ", wait" or (len(own) == 1 and set(sums) != {me, *seen, *finished}):
+            return ", wait"
+        sums = [sums[w] for w in sorted(sums)]
+        script = [f", {sum(sums[:k]) % MODULUS}" for k in range(2, len(sums))] + [", \\boxed{", str(sum(sums) % MODULUS), "}"]
+        return script[len(own) - 1]
+    if len(own) == 1 or (is_claim(last) and contested(last, me, seen, past)):
         free = LABELS.index(max(claims)) + 1 if claims else 0
         return LABELS[free] + ":" if free < len(puzzle.starts) else "done"
-    mine = next((i for i in reversed(range(len(own))) if is_claim(own[i])), None)
-    if mine is not None and "done" not in own:
-        work = puzzle.work[own[mine][0]]
-        done = len(own) - mine - 1
-        if done < len(work):
-            return work[done]
-        total = (int(work[-1][2]) + next((subtotal(words) for w, words in reversed(past) if w == me), 0)) % 100
-        return [f", sum {total // 10}", str(total % 10), END][done - len(work)]
-    if last == ", wait" or (last == "done" and not all("done" in words for words in seen.values())):
-        return ", wait"
-    if last == "}":
+    if last == "done":
         return END
-    if "done" in own:
-        sums = {}
-        for w, words in past:
-            sums[w] = subtotal(words)
-        sums = [sums[w] for w in sorted(sums)]
-        total, after = sum(sums), own[own.index("done") + 1:]
-        running, total = [sum(sums[:k]) % 100 for k in range(2, len(sums))], total % 100
-        script = [word for s in running for word in (f", {s // 10}", str(s % 10))]
-        script += [", \\boxed{", str(total // 10), str(total % 10), "}"]
-        return script[len(after)]
-    return END
+    mine = next(i for i in reversed(range(len(own))) if is_claim(own[i]))
+    work = puzzle.work[own[mine][0]]
+    return [*work, f", sum {(amount(own[0]) + len(work) - 2) % MODULUS}.\n\n"][len(own) - mine - 1]
+
+
+def amount(word):
+    """The sum that a step opens with."""
+    return int(word[6:-3]) if word.startswith(", sum") else 0
 
 
 def is_claim(word):
@@ -104,7 +93,7 @@ def play(puzzle, tokenizer, workers, layout, rng, slip=0.0):
         pending = [encode("\n\n" + generate.header(name, 1)) for name in NAMES[:workers]]
     else:
         prompt, pending = prompt[:-1], [prompt[-1:]] * workers
-    own, past, steps, passes = [[] for _ in range(workers)], [], [1] * workers, []
+    own, past, steps, passes = [["\n\n"] for _ in range(workers)], [], [1] * workers, []
     while True:
         record = {"fed": dict(enumerate(pending)), "sampled": {}, "closed": []}
         words = []
@@ -122,9 +111,9 @@ def play(puzzle, tokenizer, workers, layout, rng, slip=0.0):
             return plan, prompt, {name: encode(generate.SEPARATORS[name]) for name in plan.separator_views}, passes
         for w, word in enumerate(words):
             own[w] = [*own[w], word]
-            if word == END:
+            if word.endswith(END):
                 past.append((w, own[w][:-1]))
-                own[w] = []
+                own[w] = [word]
                 steps[w] += 1
                 record["closed"].append({"worker": w})
                 if plan.headers:
@@ -147,12 +136,11 @@ class Words:
 
 
 def make_tokenizer():
-    digits = [str(d) for d in range(10)]
     words = ["<unk>", "<end>", generate.PAST_STEPS, *generate.SEPARATORS.values(), generate.CHECK, generate.FINISHER,
-             "\n\n", END, "]:** ", *(f"**{name} [" for name in NAMES), "done", ", wait", ", \\boxed{", "}", *digits]
-    words += ["\n", *(label + ":" for label in LABELS), *(f", {d} steps" for d in range(2, 10))]
+             "\n\n", END, "]:** ", *(f"**{name} [" for name in NAMES), "done", ", wait", ", \\boxed{", "}", *map(str, range(max(10, MODULUS)))]
+    words += ["\n", *(label + ":" for label in LABELS), *(f", {d} steps" for d in range(2, 13))]
     words += [f" {number}" for number in sorted({n for start in STARTS for n in chain(start)})]
-    words += [f", sum {d}" for d in digits] + [f", {d}" for d in digits]
+    words += [f", sum {d}.\n\n" for d in range(MODULUS)] + [f", {d}" for d in range(MODULUS)]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     import re
     pattern = "|".join(re.escape(w) for w in sorted(words, key=len, reverse=True))
