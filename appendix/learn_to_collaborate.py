@@ -1,13 +1,46 @@
-import argparse
+r"""Appendix: a tiny model that has learned to collaborate, so that one can see what concurrent attention is good for.
+
+The problem. The paper asks large models to collaborate and finds that they can, more or less, without training. On a laptop
+there is no such model. But collaboration is a skill like others: a transformer of 0.9 million parameters can learn it in
+minutes, if the task needs nothing else. Then the paper's claim can be watched: *faster at equal accuracy*, with a cause.
+
+The task. A list of numbers; each is replaced by the sum of the squares of its digits until that is 1 or 4. How many steps
+does that take for all numbers together (last digit)? Nobody can tell how long a number takes without doing it, so dividing
+the list in advance leaves somebody idle. Instead:
+- a worker who is free *claims* the first number that nobody has claimed, as seen in the shared cache at that very moment;
+- two who claim the same number in the same pass see that one pass later; who comes later by name takes the next one;
+- each carries the sum of its own steps along; when nothing is left it says so, and the last one adds up all sums.
+
+    Puzzle, ideal          the task, and what an ideal worker writes next, given what it sees: the rules above as a function
+    play                   a whole run of an ideal team, with the bookkeeping of chapter 6's loop, without a model
+    make_model, train      a stock LlamaForCausalLM, trained on such runs through replay.py; only the workers' tokens count
+    solve, METHODS         the trained model in chapter 6's own loop, in several ways that differ in who sees what
+    report, draw           one table, one figure
+
+What to notice: training needs no code for attention, and decoding none for collaboration. The ablations are layouts.
+Left out: reinforcement learning, and any model that was not made for this task. appendix/collaboration.md has the results.
+
+    python appendix/learn_to_collaborate.py                   a few problems with the weights in appendix/team, half a minute
+    python appendix/learn_to_collaborate.py --problems 200 --out results.jsonl --png curves.png
+    python appendix/learn_to_collaborate.py --train team2     trains from scratch: 2 processes, about a quarter of an hour
+"""
 import json
+import os
 import random
+import re
 import sys
 import time
+from functools import lru_cache
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
 import torch.nn.functional as F
+from rich.console import Console
+from rich.text import Text
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -15,142 +48,411 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 layouts = import_module("03_layouts")
 query_rotation = import_module("04_query_rotation")
 generate = import_module("06_generate")
+evaluation = import_module("07_eval_limo")
 replay = import_module("replay")
+
+TEAM = Path(__file__).resolve().parent / "team"  # the trained model
+NAMES = generate.NAMES[:4]  # the model knows these four
 
 # ------------------------------------------------------------------------------------------------------------- the task
 
-MODULUS = int(__import__("os").environ.get("MOD", "10"))
-LABELS = "ABCDEFGHIJKL"
-NAMES = generate.NAMES[:4]
-END = ".\n\n"  # of a step that adds nothing
-
 
 def chain(number):
-    """Sum of the squares of the digits, again and again, until that is 1 or 4 (all other numbers lead there)."""
+    """The number, the sum of the squares of its digits, and so on until 1 or 4 (every number gets to one of them)."""
     numbers = [number]
     while numbers[-1] not in (1, 4):
         numbers.append(sum(int(digit) ** 2 for digit in str(numbers[-1])))
     return numbers
 
 
-STARTS = [number for number in range(10, 100) if 2 <= len(chain(number)) - 1 <= (12 if MODULUS == 10 else 9)]
+LABELS = "ABCDEFGHIJKL"
+STARTS = [number for number in range(10, 100) if 3 <= len(chain(number)) <= 13]  # 2 to 12 steps
 
 
 class Puzzle:
-    """A list of numbers. How many steps does it take to bring them all down, altogether?"""
+    """A list of numbers, each with a label. `work[label]` are the words of working on it, `answer` is the last digit."""
 
-    def __init__(self, rng, items=(10, 12) if MODULUS == 10 else (9, 11)):
-        self.starts = dict(zip(LABELS, rng.sample(STARTS, rng.randint(*items))))
-        self.text = "\n".join(f"{label}: {number}" for label, number in self.starts.items())
-        self.work = {label: [*(f" {n}" for n in chain(number)), f", {len(chain(number)) - 1} steps"]
-                     for label, number in self.starts.items()}
-        self.answer = str(sum(len(chain(number)) - 1 for number in self.starts.values()) % MODULUS)
+    def __init__(self, chance, least=10, most=len(LABELS)):
+        numbers = dict(zip(LABELS, chance.sample(STARTS, chance.randint(least, most))))
+        chains = {label: chain(number) for label, number in numbers.items()}
+        self.text = "\n".join(f"{label}: {number}" for label, number in numbers.items())
+        self.work = {label: [*(f" {n}" for n in numbers), f", {len(numbers) - 1} steps"] for label, numbers in chains.items()}
+        self.answer = str(sum(len(numbers) - 1 for numbers in chains.values()) % 10)
 
 
-def ideal(puzzle, me, own, seen, past):
-    """The next word of worker `me`.
+def ideal(puzzle, me, own, others, past):
+    """The next word of worker `me`, who sees what the arguments hold and nothing else.
 
-    own: words of its unfinished step; seen: {other worker: words of its unfinished step}; past: [(worker, words)].
+    Args:
+        own: words of its unfinished step, after the header; the first is the word that ended its step before.
+        others: {worker: words of its unfinished step}, of those that can be seen; past: [(worker, words)], finished steps.
     """
-    last, finished = own[-1], dict(past)  # worker -> its latest finished step
-    claims = [word[0] for words in [own, *seen.values(), *(words for _, words in past)] for word in words if is_claim(word)]
+    finished = dict(past)  # worker -> its latest finished step
     if "done" in finished.get(me, ()):
-        sums = {w: amount(words[0]) for w, words in [*past, *seen.items()] if "done" in words}
-        if last == ", wait" or (len(own) == 1 and set(sums) != {me, *seen, *finished}):
-            return ", wait"
+        sums = {w: carried(words) for w, words in [*past, *others.items()] if "done" in words}
+        if own[-1] == ", wait" or (len(own) == 1 and sums.keys() != {me, *others, *finished}):
+            return ", wait"  # somebody is still working, and will add up
         sums = [sums[w] for w in sorted(sums)]
-        script = [f", {sum(sums[:k]) % MODULUS}" for k in range(2, len(sums))] + [", \\boxed{", str(sum(sums) % MODULUS), "}"]
-        return script[len(own) - 1]
-    if len(own) == 1 or (is_claim(last) and contested(last, me, seen, past)):
-        free = LABELS.index(max(claims)) + 1 if claims else 0
-        return LABELS[free] + ":" if free < len(puzzle.starts) else "done"
-    if last == "done":
-        return END
-    mine = next(i for i in reversed(range(len(own))) if is_claim(own[i]))
-    work = puzzle.work[own[mine][0]]
-    return [*work, f", sum {(amount(own[0]) + len(work) - 2) % MODULUS}.\n\n"][len(own) - mine - 1]
-
-
-def amount(word):
-    """The sum that a step opens with."""
-    return int(word[6:-3]) if word.startswith(", sum") else 0
+        partial = [f", {sum(sums[:k]) % 10}" for k in range(2, len(sums))]
+        return [*partial, ", \\boxed{", str(sum(sums) % 10), "}"][len(own) - 1]
+    if len(own) == 1 or is_claim(own[-1]) and taken(own[-1], me, others, past):
+        claims = [word for words in (own, *others.values(), *(words for _, words in past)) for word in words if is_claim(word)]
+        free = 1 + LABELS.index(max(claims)[0]) if claims else 0
+        return LABELS[free] + ":" if free < len(puzzle.work) else "done"
+    if own[-1] == "done":
+        return ".\n\n"
+    since = next(i for i in range(len(own), 0, -1) if is_claim(own[i - 1]))  # words after the claim that holds
+    work = puzzle.work[own[since - 1][0]]
+    total = (carried(own) + int(re.search(r"\d+", work[-1])[0])) % 10
+    return [*work, f", sum {total}.\n\n"][len(own) - since]
 
 
 def is_claim(word):
+    """Is it `C:`?"""
     return len(word) == 2 and word[1] == ":"
 
 
-def contested(claim, me, seen, past):
-    return any(claim in words and (words[-1] != claim or w < me) for w, words in seen.items()) or any(claim in words for _, words in past)
+def carried(words):
+    """The sum that a worker carries along: it stands in the word that ended the step before this one."""
+    return int(words[0][6]) if words[0].startswith(", sum") else 0
 
 
-def play(puzzle, tokenizer, workers, layout, rng, slip=0.0):
-    """A run of the ideal team, as chapter 6 would have recorded it. Returns (plan, prompt, separators, passes)."""
-    plan = layouts.layout(layout, workers)
-    encode = tokenizer.encode
-    prompt = encode(f"{puzzle.text}\n\n" + (generate.PAST_STEPS if plan.moves else ""))
-    if plan.headers:
-        pending = [encode("\n\n" + generate.header(name, 1)) for name in NAMES[:workers]]
-    else:
+def taken(claim, me, others, past):
+    """Does the number belong to somebody else? To whoever has begun or done it; of those who claim it now, to the first."""
+    return (any(claim in words for _, words in past)
+            or any(claim in words and (words[-1] != claim or w < me) for w, words in others.items()))
+
+
+def play(puzzle, tokenizer, workers, layout, chance, slips=0.0):
+    """A run of an ideal team, as chapter 6 would record it. Returns the arguments of `replay.record`.
+
+    slips: this share of claims is wrong (a number that is taken), so that the model sees how one recovers. What should
+    have been claimed is not known to the loss then (replay.NOTHING).
+    """
+    plan, word_id = layouts.layout(layout, workers), vocabulary(tokenizer)
+    prompt = tokenizer.encode(f"{puzzle.text}\n\n" + (generate.PAST_STEPS if plan.moves else ""))
+    pending = [opening(tokenizer, "\n\n", name, 1) for name in NAMES[:workers]]
+    if not plan.headers:
         prompt, pending = prompt[:-1], [prompt[-1:]] * workers
-    own, past, steps, passes = [["\n\n"] for _ in range(workers)], [], [1] * workers, []
-    while True:
-        record = {"fed": dict(enumerate(pending)), "sampled": {}, "closed": []}
+    own, past, step, passes = [["\n\n"] for _ in range(workers)], [], [1] * workers, []
+    while not passes or word_id["}"] not in passes[-1]["sampled"].values():
         words = []
         for w in range(workers):
-            seen = {j: own[j] for j in range(workers) if j != w} if layout == "combined" else {}
-            word = ideal(puzzle, w, own[w], seen, past)
-            record["sampled"][w] = tokenizer.ids[word]
-            if is_claim(word) and rng.random() < slip and word != "A:":
-                word = rng.choice(LABELS[:LABELS.index(word[0])]) + ":"
-                record["sampled"][w] = replay.NOTHING
-            words.append(word)
-        pending = [[tokenizer.ids[word]] for word in words]
-        passes.append(record)
-        if "}" in words:
-            return plan, prompt, {name: encode(generate.SEPARATORS[name]) for name in plan.separator_views}, passes
+            others = {other: own[other] for other in range(workers) if other != w} if layout == "combined" else {}
+            words.append(ideal(puzzle, w, own[w], others, past if plan.moves else [(v, s) for v, s in past if v == w]))
+        sampled = {w: word_id[word] for w, word in enumerate(words)}
+        for w, word in enumerate(words):
+            if is_claim(word) and word != "A:" and chance.random() < slips:
+                words[w] = chance.choice(LABELS[:LABELS.index(word[0])]) + ":"
+                sampled[w] = replay.NOTHING
+        passes.append({"fed": dict(enumerate(pending)), "sampled": sampled, "closed": []})
+        pending = [[word_id[word]] for word in words]
         for w, word in enumerate(words):
             own[w] = [*own[w], word]
-            if word.endswith(END):
+            if word.endswith(".\n\n"):
                 past.append((w, own[w][:-1]))
-                own[w] = [word]
-                steps[w] += 1
-                record["closed"].append({"worker": w})
+                own[w], step[w] = [word], step[w] + 1
+                passes[-1]["closed"].append({"worker": w})
                 if plan.headers:
-                    pending[w] = pending[w] + encode(generate.header(NAMES[w], steps[w]))
+                    pending[w] = opening(tokenizer, word, NAMES[w], step[w])
+    return plan, prompt, {name: tokenizer.encode(generate.SEPARATORS[name]) for name in plan.separator_views}, passes
 
 
 # -------------------------------------------------------------------------------------------------------------- the model
 
-class Words:
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.cache = tokenizer, tokenizer.get_vocab(), {}
-
-    def encode(self, text):
-        if text not in self.cache:
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
-            if len(text) > 100:
-                return ids
-            self.cache[text] = ids
-        return self.cache[text]
-
-
 def make_tokenizer():
+    """One token per word of the task; the protocol's strings are one token each, and headers three or four."""
     words = ["<unk>", "<end>", generate.PAST_STEPS, *generate.SEPARATORS.values(), generate.CHECK, generate.FINISHER,
-             "\n\n", END, "]:** ", *(f"**{name} [" for name in NAMES), "done", ", wait", ", \\boxed{", "}", *map(str, range(max(10, MODULUS)))]
-    words += ["\n", *(label + ":" for label in LABELS), *(f", {d} steps" for d in range(2, 13))]
-    words += [f" {number}" for number in sorted({n for start in STARTS for n in chain(start)})]
-    words += [f", sum {d}.\n\n" for d in range(MODULUS)] + [f", {d}" for d in range(MODULUS)]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    import re
-    pattern = "|".join(re.escape(w) for w in sorted(words, key=len, reverse=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-    tokenizer.decoder = decoders.Fuse()
+             "\n", "\n\n", ".\n\n", "]:** ", *(f"**{name} [" for name in NAMES), "done", ", wait", ", \\boxed{", "}"]
+    words += [f"{label}:" for label in LABELS] + [f", {steps} steps" for steps in range(2, 13)]
+    words += [f" {number}" for number in sorted({number for start in STARTS for number in chain(start)})]
+    words += [word for digit in range(10) for word in (f"{digit}", f", {digit}", f", sum {digit}.\n\n")]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), "isolated")
+    tokenizer.decoder = decoders.Fuse()  # the text is the words, side by side
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
 
 
-def make_model(tokenizer, width=128, layers=4, heads=4, ffn=384, init=0.02):
+@lru_cache
+def vocabulary(tokenizer):
+    """{word: id}"""
+    return tokenizer.get_vocab()
+
+
+@lru_cache(maxsize=None)
+def opening(tokenizer, word, name, step):
+    """Token ids with which a step begins: the word that ended the one before, and the header."""
+    return tokenizer.encode(word + generate.header(name, step))
+
+
+def make_model(tokenizer):
+    """A Llama of 4 layers and width 128, with random weights."""
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None, initializer_range=init))
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.08))  # about 1 / sqrt(width); the usual 0.02 is made for wider models and learns later here
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+PROCESSES, TOKENS = 2, 1700  # each process takes whole runs until it has so many tokens; gradients are averaged
+RATE, WARM_UP, GROWING, SLIPS = 3e-3, 60, 0.4, 0.03  # lists grow from 4 to 12 numbers over the first 40 % of the steps
+
+
+def lesson(tokenizer, chance, progress):
+    """Recordings of ideal teams for one step of one process. progress: 0 ... 1, how much of the training is over."""
+    recordings = []
+    while sum(len(recording.ids) for recording in recordings) < TOKENS:
+        puzzle = Puzzle(chance, 2, 4 + round(8 * min(1, progress / GROWING)))
+        layout = chance.choices(["combined", "interleaved", "independent"], [18, 1, 1])[0]
+        workers = {"combined": chance.choice([1, 2, 3, 4, 4]), "interleaved": chance.choice([2, 3, 4]), "independent": 1}[layout]
+        recordings.append(replay.record(*play(puzzle, tokenizer, workers, layout, chance, SLIPS)))
+    return recordings
+
+
+def learn(rank, folder, seed, steps):
+    """One process of the training. Whatever it draws depends on seed, step and rank alone, so it can go on at any step."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting-point'}", rank=rank, world_size=PROCESSES)
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    model, checkpoint = make_model(tokenizer).train(), folder / "checkpoint.pt"
+    ropes, parameters = query_rotation.attach(model), [*model.parameters()]
+    # Sums are the hardest to learn and the rarest: their words weigh more in the loss.
+    weight = torch.tensor([8.0 if re.fullmatch(r"(, )?\d", word) else 1.0 for word in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    first, log = 0, []
+    if checkpoint.exists():
+        saved = torch.load(checkpoint)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, log = saved["step"], saved["log"]
+    start = time.perf_counter() - (log[-1]["seconds"] if log else 0)
+    for step in range(first, steps):
+        recordings = lesson(tokenizer, random.Random(f"{seed} {step} {rank}"), step / steps)
+        sampled = torch.cat([recording.sampled for recording in recordings])
+        sampled = sampled[sampled != replay.NOTHING]
+        logits, _ = replay.encode(model, ropes, recordings, frugal=False)
+        loss = F.cross_entropy(logits, sampled, weight)
+        optimizer.zero_grad()
+        loss.backward()
+        gradient = torch.nn.utils.parameters_to_vector([parameter.grad for parameter in parameters])
+        dist.all_reduce(gradient)
+        gradient *= min(1 / PROCESSES, 1 / gradient.norm().item())  # the mean, of norm 1 at most
+        torch.nn.utils.vector_to_parameters(gradient, [parameter.grad for parameter in parameters])
+        optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / WARM_UP) * (1 - step / steps)
+        optimizer.step()
+        if rank == 0 and (step % 50 == 49 or step == steps - 1):
+            report_step(log, step + 1, steps, time.perf_counter() - start, loss.item(), logits.argmax(-1), sampled, tokenizer)
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "log": log},
+                       folder / "checkpoint.part")
+            os.replace(folder / "checkpoint.part", checkpoint)
+    dist.barrier()
+    if rank == 0:
+        model.config._attn_implementation = "sdpa"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        made = {"command": f"python appendix/learn_to_collaborate.py --train {folder.name} --seed {seed} --steps {steps}",
+                "parameters": sum(parameter.numel() for parameter in parameters), "torch": torch.__version__, "log": log}
+        (folder / "training.json").write_text(json.dumps(made, indent=1))
+        checkpoint.unlink()
+    dist.destroy_process_group()
+
+
+def report_step(log, step, steps, seconds, loss, guessed, sampled, tokenizer):
+    """Print, and keep, how many words of each kind the model would have written as the ideal team did."""
+    kinds = {"claims": "[A-L]:|done", "numbers": r" \d+", "sums": r", sum \d\.\n\n", "answers": r"\d"}
+    words = tokenizer.convert_ids_to_tokens(sampled.tolist())
+    log.append({"step": step, "seconds": round(seconds), "loss": round(loss, 4)})
+    for kind, pattern in kinds.items():
+        chosen = torch.tensor([bool(re.fullmatch(pattern, word)) for word in words])
+        log[-1][kind] = round((guessed == sampled)[chosen].float().mean().item(), 3) if chosen.any() else None
+    figures = "   ".join(f"{kind} {log[-1][kind]}" for kind in kinds)
+    print(f"step {step:5} of {steps}   {seconds:4.0f} s   loss {loss:.3f}   right: {figures}", flush=True)
+
+
+def train(folder, seed, steps):
+    """Train from scratch, or go on from folder/checkpoint.pt, and write the model into `folder`."""
+    folder = Path(folder).resolve()
+    if (folder / "model.safetensors").exists():
+        raise ValueError(f"{str(folder)!r} has a trained model already; name another folder, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meeting-point").unlink(missing_ok=True)  # where the processes find each other
+    try:
+        processes.spawn(learn, (folder, seed, steps), nprocs=PROCESSES)
+    finally:
+        (folder / "meeting-point").unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+METHODS = {  # workers, layout, how finished steps get to the history
+    "1 worker": (1, "combined", generate.Hogwild),
+    "2 workers": (2, "combined", generate.Hogwild),
+    "4 workers": (4, "combined", generate.Hogwild),
+    "2, step-wise": (2, "interleaved", generate.Hogwild),
+    "4, step-wise": (4, "interleaved", generate.Hogwild),
+    "2, independent": (2, "independent", generate.Hogwild),
+    "4, independent": (4, "independent", generate.Hogwild),
+    "2, re-encoded": (2, "combined", evaluation.Reencode),
+    "4, re-encoded": (4, "combined", evaluation.Reencode),
+}
+
+
+def solve(model, tokenizer, puzzle, method):
+    """Let a team work on a puzzle, in chapter 6's loop, each word the likeliest. Returns what the report needs."""
+    workers, layout, kind = METHODS[method]
+    settings = generate.Settings(NAMES[:workers], layout, max_passes=300, check_every=0, greedy=True, prompt="{problem}")
+    run = kind(model, tokenizer, puzzle.text, settings)
+    start = time.perf_counter()
+    while run.ending is None:
+        run.advance()
+    seconds = time.perf_counter() - start
+    lines, begun = [""] * workers, []
+    for record in run.passes:
+        for w, token in record["sampled"].items():
+            word = tokenizer.convert_ids_to_tokens(token)
+            lines[w] += (word[0] if is_claim(word) else "." if word in ("done", ", wait")
+                         else "=" if re.fullmatch(r", \d|, .boxed{|\d|}", word) else lines[w][-1:])
+    for w in range(workers):
+        written = [tokenizer.convert_ids_to_tokens(record["sampled"][w]) for record in run.passes]
+        begun += [claim for claim, word in pairwise(written) if is_claim(claim) and word[0] == " "]
+    return {"method": method, "answer": run.boxed, "right": run.boxed == puzzle.answer, "passes": len(run.passes),
+            "seconds": seconds, "twice": len(begun) - len(set(begun)), "never": len(puzzle.work) - len(set(begun)), "lines": lines}
+
+
+def ratio(results, base, key, draws=2000):
+    """Mean of `key` over that of `base` on the same problems, and its 95 % interval from redrawing problems (bootstrap)."""
+    chance, pairs = random.Random(0), [(mine[key], theirs[key]) for mine, theirs in zip(results, base)]
+    drawn = sorted((lambda some: sum(a for a, _ in some) / sum(b for _, b in some))(chance.choices(pairs, k=len(pairs)))
+                   for _ in range(draws))
+    return sum(a for a, _ in pairs) / sum(b for _, b in pairs), drawn[round(0.025 * draws)], drawn[round(0.975 * draws) - 1]
+
+
+def report(console, results):
+    """Print the table. results: {method: [result per problem]}"""
+    base, count = results["1 worker"], len(results["1 worker"])
+    console.print(f"\n{count} fresh problems. Right, passes (mean), passes and seconds relative to 1 worker, with 95 % intervals; "
+                  "numbers per problem that\nwere worked on once more than needed, and never:\n")
+    console.print(f"  {'':16}{'right':>22}{'passes':>8}{'relative passes':>22}{'relative seconds':>22}{'twice':>7}{'never':>7}",
+                  style="bold")
+    for method, rows in results.items():
+        share = sum(row["right"] for row in rows) / count
+        cells = ["{:.1%} ({:.1%}–{:.1%})".format(share, *evaluation.interval(share, count))]
+        cells += ["{:.3f} ({:.3f}–{:.3f})".format(*ratio(rows, base, key)) for key in ("passes", "seconds")]
+        passes, twice, never = (sum(row[key] for row in rows) / count for key in ("passes", "twice", "never"))
+        console.print(f"  {method:16}{cells[0]:>22}{passes:8.1f}{cells[1]:>22}{cells[2]:>22}{twice:7.2f}{never:7.2f}")
+
+
+def draw(png, results):
+    """Share of problems with a right answer after so many passes, as a PNG (in the manner of the paper's figure 4)."""
+    import matplotlib  # here, because it takes a second
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(9, 4.8), constrained_layout=True)
+    for number, (method, rows) in enumerate(results.items()):
+        after = range(0, 1 + max(row["passes"] for rows in results.values() for row in rows))
+        share = [sum(row["right"] and row["passes"] <= passes for row in rows) / len(rows) for passes in after]
+        low, high = zip(*(evaluation.interval(value, len(rows)) for value in share))
+        style = ["-", "--", ":", "-."][0 if number < 3 else 1 + (number - 3) // 2]
+        colour = {"1": "black", "2": "tab:blue", "4": "tab:red"}[method[0]]
+        axis.plot(after, share, style, color=colour, label=method)
+        axis.fill_between(after, low, high, color=colour, alpha=0.05)
+    axis.set(xlabel="sequential forward passes", ylabel="share of problems with the right answer, 95 % intervals",
+             title=f"A tiny model that has learned to collaborate ({len(rows)} problems)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(png, dpi=130)
+    pyplot.close(figure)
+
+
+def show(console, result):
+    """One line per worker: which number it works on in each pass."""
+    answer = f"{result['answer']}, {'right' if result['right'] else 'wrong'}"
+    console.print(f"{result['method']}: {result['passes']} passes, {result['seconds']:.2f} s, answer {answer}"
+                  f"{', done twice: ' + str(result['twice']) if result['twice'] else ''}", style="bold", soft_wrap=True)
+    for name, line in zip(NAMES, result["lines"]):
+        text = Text(f"  {name:6}")
+        for letter in line[::2]:
+            style = f"black on {COLOURS[LABELS.index(letter) % 6]}" if letter in LABELS else "dim"
+            text.append(letter, style)
+        console.print(text, soft_wrap=True)
+
+
+COLOURS = ["cyan", "magenta", "green", "yellow", "bright_blue", "white"]
+
+
+def measure(console, folder, count, out=None, png=None):
+    """Show one problem, then solve `count` fresh ones in all ways, taking turns, and print the table."""
+    torch.set_num_threads(1)
+    try:
+        model, tokenizer = generate.shared_cache.load_model(str(folder))
+    except ValueError as error:
+        raise ValueError(f"there is no trained model in {str(folder)!r} ({error})") from error
+    path, results = Path(out) if out else None, []
+    if path and path.exists():
+        results = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    known = {(result["problem"], result["method"]) for result in results}
+    console.print("Which number (A, B, C ...) each worker works on, one letter for two passes. A dot: nothing is left; =: adding up.\n")
+    for number in range(count):
+        puzzle = Puzzle(random.Random(f"fresh {number}"))
+        for method in METHODS:
+            if (number, method) not in known:
+                results.append({"problem": number, **solve(model, tokenizer, puzzle, method)})
+                if path:
+                    with path.open("a") as file:
+                        file.write(json.dumps(results[-1]) + "\n")
+            if number == 0:
+                show(console, next(r for r in results if (r["problem"], r["method"]) == (0, method)))
+        if console.is_terminal:
+            console.print(f"\r{number + 1} of {count} problems", end="", style="dim")
+    table = {method: sorted((r for r in results if r["method"] == method and r["problem"] < count), key=lambda r: r["problem"])
+             for method in METHODS}
+    report(console, table)
+    if png:
+        draw(png, table)
+    return table
+
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    parser = generate.Parser(description="A tiny model that has learned to work in a team.")
+    parser.add_argument("--problems", type=int, default=8, metavar="N", help="how many fresh problems (default: 8)")
+    parser.add_argument("--model", default=str(TEAM), metavar="FOLDER", help="the trained model (default: the one that comes along)")
+    parser.add_argument("--out", metavar="FILE", help="keep results, one JSON line each; what is in there is not solved again")
+    parser.add_argument("--png", metavar="FILE", help="draw the curves")
+    parser.add_argument("--train", metavar="FOLDER", help="train from scratch instead; goes on where it was stopped")
+    parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
+    parser.add_argument("--steps", type=int, default=1200, help="of the training (default: 1200)")
+    args, console = parser.parse_args(argv), Console(highlight=False)
+    try:
+        if args.train:
+            train(args.train, args.seed, args.steps)
+            return 0
+        if args.problems < 1:
+            raise ValueError(f"--problems is {args.problems}; it must be at least 1")
+        for path in filter(None, (args.out, args.png)):
+            generate.check_writable(path)
+        table = measure(console, args.model, args.problems, args.out, args.png)
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what was kept", file=sys.stderr)
+        return 130
+    means = {method: sum(row["passes"] for row in rows) / len(rows) for method, rows in table.items()}
+    assert means["2 workers"] < 0.6 * means["1 worker"] and means["4 workers"] < 0.4 * means["1 worker"]
+    console.print(f"\n[OK] 2 workers take {means['2 workers'] / means['1 worker']:.2f} of the passes of one, 4 workers "
+                  f"{means['4 workers'] / means['1 worker']:.2f}")
+    return 0
+
+
+# Exercises
+# 1. Give every number to a worker in advance (A, C, E ... to Alice) and change `ideal` accordingly. How many passes does
+#    the same list take, and who waits for whom?
+# 2. Leave out the slips (SLIPS = 0), train again, and count what is worked on twice.
+# 3. Five names: what has to change so that Erin can join? Does a model trained on four workers do without training?
+
+if __name__ == "__main__":
+    sys.exit(main())

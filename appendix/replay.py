@@ -240,40 +240,115 @@ def unfold(recording):
 
 
 def rehearse(layout, lengths, passes, opening=3, prompt=8):
-    """Records of a run without a model: worker w's steps have lengths[w] tokens, the opening included, over and over."""
-    plan = layouts.layout(layout, len(lengths))
-    separators = {name: [1] for name in plan.separator_views}
-    left = [length[0] for length in lengths]  # tokens of each worker's step that are still to be fed
-    fresh, count, records = [True] * len(lengths), [0] * len(lengths), []
+    """A Recording of a run that no model has made: each worker writes steps of the given lengths, over and over.
+
+    Args:
+        lengths: per worker, the tokens of its steps, `opening` (those fed at once) included.
+    """
+    def turns(sizes):
+        """(tokens fed, does that end the step) of each pass."""
+        while True:
+            for size in sizes:
+                yield min(opening, size), size <= opening
+                yield from ((1, left == 0) for left in reversed(range(size - opening)))
+
+    plan, workers, passes_of_all = layouts.layout(layout, len(lengths)), [turns(sizes) for sizes in lengths], []
     for _ in range(passes):
-        fed = {w: [2] * min(opening if fresh[w] else 1, left[w]) for w in range(len(lengths))}
-        fresh, closed = [False] * len(lengths), []
-        for w, ids in fed.items():
-            left[w] -= len(ids)
-            if left[w] == 0:
-                count[w] += 1
-                left[w], fresh[w] = lengths[w][count[w] % len(lengths[w])], True
-                closed.append({"worker": w})
-        records.append({"fed": fed, "sampled": dict.fromkeys(fed, 3), "closed": closed})
-    return record(plan, [0] * prompt, separators, records)
+        now = dict(enumerate(map(next, workers)))
+        passes_of_all.append({"fed": {w: [2] * count for w, (count, _) in now.items()}, "sampled": dict.fromkeys(now, 3),
+                              "closed": [{"worker": w} for w, (_, ends) in now.items() if ends]})
+    return record(plan, [0] * prompt, {name: [1] for name in plan.separator_views}, passes_of_all)
 
 
-def draw(console, recording):
-    """One line per token, one column per slot of each row: hidden, or visible, the darker the nearer."""
+def draw(console, recording, names):
+    """One line per token, in the order in which they were fed; one column per key; near keys bright, far ones faint."""
     widths, distance = unfold(recording)
-    shades = "█▓▒░"
-    for line in distance.tolist():
-        text, slots = Text("  "), iter(line)
+    tables = recording.tables
+    own = ((tables.offset == 0) & (tables.visible > 0)).int().argmax(0)  # [N] the row of each token's own block
+    margin = 2 + max(map(len, names))
+    console.print(" " * margin + " ".join(name[:width].ljust(width) for name, width in zip(names, widths)), style="bold")
+    for n, line in enumerate(distance.tolist()):
+        text, slots = Text(names[own[n]].ljust(margin)), iter(line)
         for row, width in enumerate(widths):
-            for d in (next(slots) for _ in range(width)):
-                text.append("·" if d < 0 else shades[min(3, d // 8)], style="dim" if d < 0 else ["cyan", "magenta"][row % 2])
+            style = "white" if row == 0 else "yellow" if width == 1 else COLOURS[names[row][0]]
+            for away in [next(slots) for _ in range(width)]:
+                text.append(*("·", "dim") if away < 0 else (SHADES[min(away // 8, 3)], style))
             text.append(" ")
         console.print(text)
 
 
+SHADES = "█▓▒░"  # 0-7, 8-15, 16-23 and more tokens away
+COLOURS = {"A": "cyan", "B": "magenta"}
+
+
+def saved_bytes(function):
+    """How many bytes autograd keeps for the gradient of function()."""
+    sizes = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.untyped_storage().data_ptr(),
+                                                                              t.untyped_storage().nbytes()) and t, lambda t: t):
+        function()
+    return sum(sizes.values())
+
+
 def main():
+    """Show the tables, then check and time them on the real model."""
     console = Console(highlight=False)
-    draw(console, rehearse("combined", [[7, 9], [10, 5]], 12))
+    generate = import_module("06_generate")
+    torch.set_num_threads(1)
+
+    console.print("What each token saw, and how far away. Alice and Bob, combined layout, toy steps of 7 to 10 tokens, the first\n"
+                  "three of them fed at once. █ is 0-7 tokens away, ▓ 8-15, ▒ 16-23, ░ further, · not visible.\n")
+    names = ["prompt", "Alice 1", "Bob 1", "others", "own", "<...>", "Alice 2", "Bob 2"]
+    draw(console, rehearse("combined", [[7, 9], [10, 6]], 11), names)
+    console.print("-> Alice 1 is 'in progress' to Bob, with the separators in between; then it moves: from one line to the next it\n"
+                  "   is further away, and nearer to the prompt. No key is written twice for that.\n")
+
+    model, tokenizer = shared_cache.load_model()
+    settings = generate.Settings(max_passes=96, seed=1, check_every=64, prompt="{names} add up, step by step.\n\n{problem}")
+    run, logits = generate.Hogwild(model, tokenizer, generate.PROBLEM, settings), []
+    feed = run._feed
+    run._feed = lambda writers: logits.append(feed(writers)) or logits[-1].clone()
+    while run.ending is None:
+        run.advance()
+    live = sum(record["seconds"] for record in run.passes)
+    start = perf_counter()
+    recording = recording_of(run)
+    with torch.no_grad():
+        again, _ = encode(model, run.cache.ropes, [recording])
+    once = perf_counter() - start
+    error = (again - torch.cat(logits)).abs().max().item()
+    steps = sum(len(record["closed"]) for record in run.passes)
+    console.print(f"{len(run.passes)} passes of SmolLM2 with {steps} finished steps: {live:.1f} s live, {once:.1f} s in one pass "
+                  f"({len(recording.ids)} tokens, {len(recording.tables.start)} rows)")
+    console.print(f"   largest difference of a logit {error:.0e}, of {again.abs().max():.0f} at most")
+
+    half = len(run.passes) // 2
+    other = generate.Hogwild(model, tokenizer, generate.PROBLEM, settings)
+    start = perf_counter()
+    restore(other, run.passes[:half])
+    restored = perf_counter() - start
+    while other.ending is None:
+        other.advance()
+    same = [record["sampled"] for record in other.passes] == [record["sampled"] for record in run.passes]
+    console.print(f"restored after {half} passes in {restored:.1f} s, and continued: the same {2 * (len(run.passes) - half)} tokens "
+                  f"{'again' if same else 'NOT again'}")
+
+    console.print("\nWhat autograd keeps for a gradient, random model, 2 workers, MiB:\n  tokens  rows   frugal   keeping the scores")
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2)
+    student = AutoModelForCausalLM.from_config(config)
+    ropes = query_rotation.attach(student)
+    kept = {}
+    for passes in (250, 500, 1000):
+        example = rehearse("combined", [[70], [110]], passes)
+        kept[passes] = [saved_bytes(lambda frugal=frugal: loss(student, ropes, [example], frugal=frugal)) / 2**20
+                        for frugal in (True, False)]
+        console.print(f"  {len(example.ids):6}  {len(example.tables.start):4} {kept[passes][0]:8.1f} {kept[passes][1]:20.1f}")
+    loss(student, ropes, [example]).backward()
+    gradient = all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in student.parameters())
+    growth = kept[1000][0] / kept[250][0]
+    assert error < 1e-3 and same and gradient and growth < 8
+    console.print(f"[OK] one pass gives the logits of {len(run.passes)} (to {error:.0e}), and the run goes on where it was")
 
 
 if __name__ == "__main__":
