@@ -793,8 +793,8 @@ def parse(argv):
     show = parser.add_argument_group("showing and keeping")
     show.add_argument("--no-live", action="store_true", help="plain lines instead of the live display")
     show.add_argument("--save", metavar="FILE", help="write the trace of the run, also if it is interrupted or fails")
-    show.add_argument("--resume", metavar="FILE", help="go on with a saved run where it stopped, its problem and settings included "
-                      "(a larger --max-passes lets it go further); it is saved to the same FILE, unless --save names another")
+    show.add_argument("--resume", metavar="FILE", help="go on with a saved run where it stopped, its problem and settings as "
+                      "they were (a larger --max-passes takes it further), and save it to the same FILE, or where --save says")
     show.add_argument("--replay", metavar="FILE", help="show a saved run again; needs no model")
     show.add_argument("--svg", metavar="FILE", help="write the last picture of the display as an SVG")
     return parser.parse_args(argv)

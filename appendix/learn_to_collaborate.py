@@ -30,7 +30,7 @@ import random
 import re
 import sys
 import time
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.text import Text
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
@@ -72,7 +73,7 @@ STARTS = [number for number in range(10, 100) if 3 <= len(chain(number)) <= 13] 
 class Puzzle:
     """A list of numbers, each with a label. `work[label]` are the words of working on it, `answer` is the last digit."""
 
-    def __init__(self, chance, least=10, most=len(LABELS)):
+    def __init__(self, chance, least=10, most=12):
         numbers = dict(zip(LABELS, chance.sample(STARTS, chance.randint(least, most))))
         chains = {label: chain(number) for label, number in numbers.items()}
         self.text = "\n".join(f"{label}: {number}" for label, number in numbers.items())
@@ -174,13 +175,13 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
 
 
-@lru_cache
+@cache
 def vocabulary(tokenizer):
     """{word: id}"""
     return tokenizer.get_vocab()
 
 
-@lru_cache(maxsize=None)
+@cache
 def opening(tokenizer, word, name, step):
     """Token ids with which a step begins: the word that ended the one before, and the header."""
     return tokenizer.encode(word + generate.header(name, step))
@@ -197,16 +198,19 @@ def make_model(tokenizer):
 # ----------------------------------------------------------------------------------------------------------- training
 
 PROCESSES, TOKENS = 2, 1700  # each process takes whole runs until it has so many tokens; gradients are averaged
-RATE, WARM_UP, GROWING, SLIPS = 3e-3, 60, 0.4, 0.03  # lists grow from 4 to 12 numbers over the first 40 % of the steps
+KEEP_EVERY = 50  # steps between two checkpoints
+RATE, WARM_UP, SLIPS = 3e-3, 60, 0.03
+GROWING = 0.4  # lists grow from 4 to 12 numbers over the first 40 % of the steps; half of them stay short, to teach endings
 
 
 def lesson(tokenizer, chance, progress):
     """Recordings of ideal teams for one step of one process. progress: 0 ... 1, how much of the training is over."""
     recordings = []
     while sum(len(recording.ids) for recording in recordings) < TOKENS:
-        puzzle = Puzzle(chance, 2, 4 + round(8 * min(1, progress / GROWING)))
+        longest = 3 if chance.random() < 0.5 else 4 + round(8 * min(1, progress / GROWING))
+        puzzle = Puzzle(chance, 1, longest)
         layout = chance.choices(["combined", "interleaved", "independent"], [18, 1, 1])[0]
-        workers = {"combined": chance.choice([1, 2, 3, 4, 4]), "interleaved": chance.choice([2, 3, 4]), "independent": 1}[layout]
+        workers = chance.choice({"combined": [1, 2, 3, 4, 4], "interleaved": [2, 3, 4], "independent": [1]}[layout])
         recordings.append(replay.record(*play(puzzle, tokenizer, workers, layout, chance, SLIPS)))
     return recordings
 
@@ -215,12 +219,22 @@ def learn(rank, folder, seed, steps):
     """One process of the training. Whatever it draws depends on seed, step and rank alone, so it can go on at any step."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting-point'}", rank=rank, world_size=PROCESSES)
-    tokenizer = make_tokenizer()
-    torch.manual_seed(seed)
-    model, checkpoint = make_model(tokenizer).train(), folder / "checkpoint.pt"
+    try:
+        tokenizer = make_tokenizer()
+        torch.manual_seed(seed)
+        model = make_model(tokenizer).train()
+        log = descend(model, tokenizer, rank, folder / "checkpoint.pt", seed, steps)
+        if rank == 0:
+            keep_model(model, tokenizer, folder, log, f"--seed {seed} --steps {steps}")
+    finally:
+        dist.destroy_process_group()
+
+
+def descend(model, tokenizer, rank, checkpoint, seed, steps):
+    """Adam on the mean gradient of all processes. Returns the log: a dict for each time that the state was kept."""
     ropes, parameters = query_rotation.attach(model), [*model.parameters()]
-    # Sums are the hardest to learn and the rarest: their words weigh more in the loss.
-    weight = torch.tensor([8.0 if re.fullmatch(r"(, )?\d", word) else 1.0 for word in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
+    words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    weight = torch.tensor([8.0 if re.fullmatch(r"(, )?\d", word) else 1.0 for word in words])  # adding up is rare, and hard
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     first, log = 0, []
     if checkpoint.exists():
@@ -237,39 +251,37 @@ def learn(rank, folder, seed, steps):
         loss = F.cross_entropy(logits, sampled, weight)
         optimizer.zero_grad()
         loss.backward()
-        gradient = torch.nn.utils.parameters_to_vector([parameter.grad for parameter in parameters])
-        dist.all_reduce(gradient)
-        gradient *= min(1 / PROCESSES, 1 / gradient.norm().item())  # the mean, of norm 1 at most
-        torch.nn.utils.vector_to_parameters(gradient, [parameter.grad for parameter in parameters])
+        gradient = parameters_to_vector([parameter.grad for parameter in parameters])
+        dist.all_reduce(gradient)  # the sum; what is used is the mean, and its norm is 1 at most
+        vector_to_parameters(gradient * min(1 / PROCESSES, 1 / gradient.norm().item()), [p.grad for p in parameters])
         optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / WARM_UP) * (1 - step / steps)
         optimizer.step()
-        if rank == 0 and (step % 50 == 49 or step == steps - 1):
-            report_step(log, step + 1, steps, time.perf_counter() - start, loss.item(), logits.argmax(-1), sampled, tokenizer)
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "log": log},
-                       folder / "checkpoint.part")
-            os.replace(folder / "checkpoint.part", checkpoint)
-    dist.barrier()
-    if rank == 0:
-        model.config._attn_implementation = "sdpa"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        made = {"command": f"python appendix/learn_to_collaborate.py --train {folder.name} --seed {seed} --steps {steps}",
-                "parameters": sum(parameter.numel() for parameter in parameters), "torch": torch.__version__, "log": log}
-        (folder / "training.json").write_text(json.dumps(made, indent=1))
-        checkpoint.unlink()
-    dist.destroy_process_group()
+        if rank == 0 and ((step + 1) % KEEP_EVERY == 0 or step + 1 == steps):
+            log.append({"step": step + 1, "seconds": round(time.perf_counter() - start), "loss": round(loss.item(), 4),
+                        **agreement(logits.argmax(-1), sampled, words)})
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "log": log}
+            torch.save(state, f"{checkpoint}.part")
+            os.replace(f"{checkpoint}.part", checkpoint)
+            print("   ".join(f"{name} {value}" for name, value in log[-1].items()), flush=True)
+    return log
 
 
-def report_step(log, step, steps, seconds, loss, guessed, sampled, tokenizer):
-    """Print, and keep, how many words of each kind the model would have written as the ideal team did."""
+def agreement(chosen, sampled, words):
+    """By kind of word, the share of words that the model would have written as the ideal team did."""
     kinds = {"claims": "[A-L]:|done", "numbers": r" \d+", "sums": r", sum \d\.\n\n", "answers": r"\d"}
-    words = tokenizer.convert_ids_to_tokens(sampled.tolist())
-    log.append({"step": step, "seconds": round(seconds), "loss": round(loss, 4)})
-    for kind, pattern in kinds.items():
-        chosen = torch.tensor([bool(re.fullmatch(pattern, word)) for word in words])
-        log[-1][kind] = round((guessed == sampled)[chosen].float().mean().item(), 3) if chosen.any() else None
-    figures = "   ".join(f"{kind} {log[-1][kind]}" for kind in kinds)
-    print(f"step {step:5} of {steps}   {seconds:4.0f} s   loss {loss:.3f}   right: {figures}", flush=True)
+    same = {kind: [a == b for a, b in zip(chosen.tolist(), sampled.tolist()) if re.fullmatch(pattern, words[b])]
+            for kind, pattern in kinds.items()}
+    return {kind: round(sum(hits) / max(1, len(hits)), 3) for kind, hits in same.items()}
+
+
+def keep_model(model, tokenizer, folder, log, options):
+    """Write weights, config and tokenizer as transformers does, and how they were made; the checkpoint is not needed then."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    made = {"command": f"python appendix/learn_to_collaborate.py --train {folder.name} {options}",
+            "parameters": sum(parameter.numel() for parameter in model.parameters()), "torch": torch.__version__, "log": log}
+    (folder / "training.json").write_text(json.dumps(made, indent=1) + "\n")
+    (folder / "checkpoint.pt").unlink()
 
 
 def train(folder, seed, steps):
@@ -319,7 +331,8 @@ def solve(model, tokenizer, puzzle, method):
         written = [tokenizer.convert_ids_to_tokens(record["sampled"][w]) for record in run.passes]
         begun += [claim for claim, word in pairwise(written) if is_claim(claim) and word[0] == " "]
     return {"method": method, "answer": run.boxed, "right": run.boxed == puzzle.answer, "passes": len(run.passes),
-            "seconds": seconds, "twice": len(begun) - len(set(begun)), "never": len(puzzle.work) - len(set(begun)), "lines": lines}
+            "seconds": seconds, "lines": lines, "twice": len(begun) - len(set(begun)),
+            "never": len(puzzle.work) - len(set(begun))}
 
 
 def ratio(results, base, key, draws=2000):
@@ -333,8 +346,8 @@ def ratio(results, base, key, draws=2000):
 def report(console, results):
     """Print the table. results: {method: [result per problem]}"""
     base, count = results["1 worker"], len(results["1 worker"])
-    console.print(f"\n{count} fresh problems. Right, passes (mean), passes and seconds relative to 1 worker, with 95 % intervals; "
-                  "numbers per problem that\nwere worked on once more than needed, and never:\n")
+    console.print(f"\n{count} fresh problems; 95 % intervals. Passes and seconds: relative to 1 worker. Per problem:\n"
+                  "how often a number was worked on again (twice), and how many were left out (never).\n")
     console.print(f"  {'':16}{'right':>22}{'passes':>8}{'relative passes':>22}{'relative seconds':>22}{'twice':>7}{'never':>7}",
                   style="bold")
     for method, rows in results.items():
@@ -394,7 +407,8 @@ def measure(console, folder, count, out=None, png=None):
     if path and path.exists():
         results = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     known = {(result["problem"], result["method"]) for result in results}
-    console.print("Which number (A, B, C ...) each worker works on, one letter for two passes. A dot: nothing is left; =: adding up.\n")
+    console.print("Which number (A, B, C ...) each worker works on, one letter for two passes.\n"
+                  "A dot: nothing is left to claim. =: adding up.\n")
     for number in range(count):
         puzzle = Puzzle(random.Random(f"fresh {number}"))
         for method in METHODS:
@@ -419,7 +433,7 @@ def main(argv=None):
     """The command line; returns the exit code."""
     parser = generate.Parser(description="A tiny model that has learned to work in a team.")
     parser.add_argument("--problems", type=int, default=8, metavar="N", help="how many fresh problems (default: 8)")
-    parser.add_argument("--model", default=str(TEAM), metavar="FOLDER", help="the trained model (default: the one that comes along)")
+    parser.add_argument("--model", default=str(TEAM), metavar="FOLDER", help="the trained model (default: the one in here)")
     parser.add_argument("--out", metavar="FILE", help="keep results, one JSON line each; what is in there is not solved again")
     parser.add_argument("--png", metavar="FILE", help="draw the curves")
     parser.add_argument("--train", metavar="FOLDER", help="train from scratch instead; goes on where it was stopped")

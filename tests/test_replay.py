@@ -3,7 +3,7 @@ import copy
 import json
 import signal
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 
 import pytest
@@ -21,6 +21,8 @@ query_rotation = import_module("04_query_rotation")
 shared_cache = import_module("02_shared_cache")
 replay = import_module("replay")
 KINDS = [*MODELS, "gemma3"]
+SMALL = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2)
 
 
 @lru_cache
@@ -36,7 +38,8 @@ def random_model(kind):
     if kind != "gemma3":
         return tiny(kind)
     torch.manual_seed(0)
-    config = Gemma3TextConfig(**TINY, head_dim=16, sliding_window=32, layer_types=["sliding_attention"] * 2 + ["full_attention"])
+    layers = ["sliding_attention"] * 2 + ["full_attention"]
+    config = Gemma3TextConfig(**TINY, head_dim=16, sliding_window=32, layer_types=layers)
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
@@ -158,20 +161,18 @@ def test_gradients_of_a_team_equal_those_of_the_specification(monkeypatch, fruga
 
 def test_memory_is_in_proportion_to_tokens():
     """With as many blocks, twice the tokens keep twice the bytes for the gradient; with the scores, over three times."""
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(SMALL)
     ropes, kept = query_rotation.attach(model), {}
     for scale in (1, 2):
         example = replay.rehearse("combined", [[400 * scale], [300 * scale]], 700 * scale)
-        kept[scale] = [replay.saved_bytes(lambda f=f, e=example: replay.loss(model, ropes, [e], frugal=f)) for f in (True, False)]
+        kept[scale] = [replay.saved_bytes(partial(replay.loss, model, ropes, [example], frugal=frugal))
+                       for frugal in (True, False)]
     assert kept[2][0] < 2.2 * kept[1][0] and kept[2][1] > 3 * kept[1][1]
 
 
 def test_the_trainer_of_transformers_learns_a_run(tmp_path):
     """As the docstring says: a collator that hands recordings through, and a loss. Ten steps learn a toy run by heart."""
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                                         num_attention_heads=4, num_key_value_heads=2))
+    model = AutoModelForCausalLM.from_config(SMALL)
     ropes = query_rotation.attach(model)
     example = replay.rehearse("combined", [[5, 8], [9]], 20)
     losses = []
@@ -181,8 +182,8 @@ def test_the_trainer_of_transformers_learns_a_run(tmp_path):
             losses.append(replay.loss(model, ropes, inputs["recordings"]))
             return losses[-1]
 
-    arguments = TrainingArguments(str(tmp_path), max_steps=10, per_device_train_batch_size=2, learning_rate=0.03,
-                                  remove_unused_columns=False, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
+    arguments = TrainingArguments(str(tmp_path), max_steps=10, per_device_train_batch_size=2, learning_rate=0.03, report_to=[],
+                                  remove_unused_columns=False, save_strategy="no", use_cpu=True, disable_tqdm=True)
     Student(model, arguments, data_collator=lambda recordings: {"recordings": recordings}, train_dataset=[example] * 20).train()
     assert losses[0].item() > 3 and losses[-1].item() < 1
 
