@@ -88,24 +88,39 @@ def ideal(puzzle, me, own, others, past):
         own: words of its unfinished step, after the header; the first is the word that ended its step before.
         others: {worker: words of its unfinished step}, of those that can be seen; past: [(worker, words)], finished steps.
     """
-    finished = dict(past)  # worker -> its latest finished step
-    if "done" in finished.get(me, ()):
-        sums = {w: carried(words) for w, words in [*past, *others.items()] if "done" in words}
-        if own[-1] == ", wait" or (len(own) == 1 and sums.keys() != {me, *others, *finished}):
-            return ", wait"  # somebody is still working, and will add up
-        sums = [sums[w] for w in sorted(sums)]
-        partial = [f", {sum(sums[:k]) % 10}" for k in range(2, len(sums))]
-        return [*partial, ", \\boxed{", str(sum(sums) % 10), "}"][len(own) - 1]
+    steps_of = {w: [words for v, words in past if v == w] for w in {me, *others, *(w for w, _ in past)}}
+    if any("done" in words for words in steps_of[me]):
+        return conclude(me, own, others, steps_of)
     if len(own) == 1 or is_claim(own[-1]) and taken(own[-1], me, others, past):
         claims = [word for words in (own, *others.values(), *(words for _, words in past)) for word in words if is_claim(word)]
         free = 1 + LABELS.index(max(claims)[0]) if claims else 0
         return LABELS[free] + ":" if free < len(puzzle.work) else "done"
     if own[-1] == "done":
-        return ".\n\n"
+        return f", sum {carried(own)}.\n\n"
     since = next(i for i in range(len(own), 0, -1) if is_claim(own[i - 1]))  # words after the claim that holds
     work = puzzle.work[own[since - 1][0]]
-    total = (carried(own) + int(re.search(r"\d+", work[-1])[0])) % 10
-    return [*work, f", sum {total}.\n\n"][len(own) - since]
+    return [*work, f", sum {added(own, work[-1])}.\n\n"][len(own) - since]
+
+
+def conclude(me, own, others, steps_of):
+    """The next word of a worker who is done. The last one to be done adds up the sums of the others, in the order of names."""
+    if own[-1] == ", wait":
+        return ", wait"  # somebody was still working then, and will add up
+    if own[-1].endswith("steps"):
+        return f", sum {added(own, own[-1])}.\n\n"
+    if len(own) > 1:
+        return str(carried(own)) if own[-1] == ", \\boxed{" else "}"
+    sums = {w: carried(words) for w, steps in steps_of.items() for words in (*steps, others.get(w, [""])) if "done" in words}
+    if sums.keys() != steps_of.keys():
+        return ", wait"
+    collected = [words[1] for words in steps_of[me] if words[1].split(":")[0] in NAMES]
+    left = [w for w in sorted(sums) if w != me and not any(word.startswith(NAMES[w]) for word in collected)]
+    return f"{NAMES[left[0]]}: {sums[left[0]]} steps" if left else ", \\boxed{"
+
+
+def added(own, steps):
+    """The last digit of the sum that a worker carries along and of what a word like `, 8 steps` says."""
+    return (carried(own) + int(re.search(r"\d+", steps)[0])) % 10
 
 
 def is_claim(word):
@@ -164,10 +179,11 @@ def play(puzzle, tokenizer, workers, layout, chance, slips=0.0):
 def make_tokenizer():
     """One token per word of the task; the protocol's strings are one token each, and headers three or four."""
     words = ["<unk>", "<end>", generate.PAST_STEPS, *generate.SEPARATORS.values(), generate.CHECK, generate.FINISHER,
-             "\n", "\n\n", ".\n\n", "]:** ", *(f"**{name} [" for name in NAMES), "done", ", wait", ", \\boxed{", "}"]
+             "\n", "\n\n", "]:** ", *(f"**{name} [" for name in NAMES), "done", ", wait", ", \\boxed{", "}"]
     words += [f"{label}:" for label in LABELS] + [f", {steps} steps" for steps in range(2, 13)]
     words += [f" {number}" for number in sorted({number for start in STARTS for number in chain(start)})]
-    words += [word for digit in range(10) for word in (f"{digit}", f", {digit}", f", sum {digit}.\n\n")]
+    words += [word for digit in range(10)
+              for word in (f"{digit}", f", sum {digit}.\n\n", *(f"{name}: {digit} steps" for name in NAMES))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), "isolated")
@@ -234,7 +250,7 @@ def descend(model, tokenizer, rank, checkpoint, seed, steps):
     """Adam on the mean gradient of all processes. Returns the log: a dict for each time that the state was kept."""
     ropes, parameters = query_rotation.attach(model), [*model.parameters()]
     words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    weight = torch.tensor([8.0 if re.fullmatch(r"(, )?\d", word) else 1.0 for word in words])  # adding up is rare, and hard
+    weight = torch.tensor([4.0 if re.fullmatch(r"\d|\w+: \d steps", word) else 1.0 for word in words])  # adding up is rare
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     first, log = 0, []
     if checkpoint.exists():
@@ -268,7 +284,8 @@ def descend(model, tokenizer, rank, checkpoint, seed, steps):
 
 def agreement(chosen, sampled, words):
     """By kind of word, the share of words that the model would have written as the ideal team did."""
-    kinds = {"claims": "[A-L]:|done", "numbers": r" \d+", "sums": r", sum \d\.\n\n", "answers": r"\d"}
+    kinds = {"claims": "[A-L]:|done", "numbers": r" \d+", "sums": r", sum \d\.\n\n", "collected": r"\w+: \d steps",
+             "answers": r"\d"}
     same = {kind: [a == b for a, b in zip(chosen.tolist(), sampled.tolist()) if re.fullmatch(pattern, words[b])]
             for kind, pattern in kinds.items()}
     return {kind: round(sum(hits) / max(1, len(hits)), 3) for kind, hits in same.items()}
@@ -326,7 +343,7 @@ def solve(model, tokenizer, puzzle, method):
         for w, token in record["sampled"].items():
             word = tokenizer.convert_ids_to_tokens(token)
             lines[w] += (word[0] if is_claim(word) else "." if word in ("done", ", wait")
-                         else "=" if re.fullmatch(r", \d|, .boxed{|\d|}", word) else lines[w][-1:])
+                         else "=" if re.fullmatch(r"\w+: \d steps|, .boxed{|\d|}", word) else lines[w][-1:])
     for w in range(workers):
         written = [tokenizer.convert_ids_to_tokens(record["sampled"][w]) for record in run.passes]
         begun += [claim for claim, word in pairwise(written) if is_claim(claim) and word[0] == " "]
