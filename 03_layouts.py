@@ -25,7 +25,7 @@ Left out: how attention is computed from the tables (chapter 4).
 
 Run it: python 03_layouts.py
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 
 import numpy as np
@@ -105,7 +105,7 @@ def independent(worker, workers):
 LAYOUTS = {"combined": combined, "contiguous": contiguous, "interleaved": interleaved, "independent": independent}
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: chapter 4 remembers what it derived from a pass's tables
+@dataclass(frozen=True, eq=False)  # compared by identity
 class Tables:
     """What one forward pass over N new tokens has to know about B rows of blocks. All int64, on the CPU."""
 
@@ -113,6 +113,7 @@ class Tables:
     position: torch.Tensor  # [N] in-block index of each new token: the position_ids of the model
     offset: torch.Tensor  # [B, N] place of the own block minus place of row b's block, in the token's view
     visible: torch.Tensor  # [B, N] how many leading slots of block b the token sees
+    derived: dict = field(default_factory=dict, init=False, repr=False)  # what chapter 4 makes of them, for all layers alike
 
 
 def fill_tables(rows, writers):

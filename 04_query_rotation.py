@@ -26,7 +26,6 @@ dtype. Left out: the same as one GPU kernel (chapter 5), and what the workers wr
 Run it: python 04_query_rotation.py
 """
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import import_module
 from statistics import median
 from time import perf_counter
@@ -91,12 +90,19 @@ class Part:
         return memory[:, self.slots] if isinstance(self.slots, slice) else memory.index_select(1, self.slots)
 
 
-@lru_cache(maxsize=256)  # all layers of a pass share it: one entry per Rope and window
 def prepare(tables, rotation, window, device):
-    """Everything about a pass that does not depend on q, k and v: (cos, sin, parts).
+    """Everything about a pass that does not depend on q, k and v: (cos, sin, parts). All layers of a kind share it.
 
     cos, sin: [rows, 1, N, R/2], the residual rotation of each query for each row.
     """
+    kind = rotation, window, device
+    if kind not in tables.derived:
+        tables.derived[kind] = derive(tables, *kind)
+    return tables.derived[kind]
+
+
+def derive(tables, rotation, window, device):
+    """What `prepare` returns, made anew."""
     first = torch.zeros_like(tables.visible)  # [B, N] first slot that is near enough
     if window is not None:
         first = (tables.position + tables.offset - window + 1).clamp(min=0)
@@ -204,6 +210,13 @@ def attach(model):
     return ropes
 
 
+def check_attached(model):
+    """Raise ValueError unless the model calls `hook`."""
+    if model.config.get_text_config()._attn_implementation != "hogwild":
+        raise ValueError("this model does not attend through the shared cache: transformers cannot give it another attention, "
+                         "or it was given another one after attach()")
+
+
 def forward(model, cache, tables, ids, last, function=attention):
     """One forward pass over N new tokens, all workers packed into one row.
 
@@ -214,9 +227,7 @@ def forward(model, cache, tables, ids, last, function=attention):
     Returns:
         logits [len(last), vocabulary].
     """
-    if model.config.get_text_config()._attn_implementation != "hogwild":
-        raise ValueError("this model does not attend through the shared cache: transformers cannot give it another attention, "
-                         "or it was given another one after attach()")
+    check_attached(model)
     ids, last, position = (torch.as_tensor(t, device=model.device) for t in (ids, last, tables.position))
     with torch.no_grad():
         output = model(ids[None], position_ids=position[None], past_key_values=cache, use_cache=True,
