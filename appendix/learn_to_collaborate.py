@@ -9,9 +9,9 @@ does that take for all numbers together (last digit)? Nobody can tell how long a
 the list in advance leaves somebody idle. Instead:
 - a worker who is free *claims* the first number that nobody has claimed, as seen in the shared cache at that very moment;
 - two who claim the same number in the same pass see that one pass later; who comes later by name takes the next one;
-- each carries the sum of its own steps along; when nothing is left it says so, and the last one adds up all sums.
+- each carries the sum of its own steps along; when nothing is left it says so, and the last one adds the others' sums.
 
-    Puzzle, ideal          the task, and what an ideal worker writes next, given what it sees: the rules above as a function
+    Puzzle, ideal          the task, and what an ideal worker writes next, given what it sees: the rules above, as a function
     play                   a whole run of an ideal team, with the bookkeeping of chapter 6's loop, without a model
     make_model, train      a stock LlamaForCausalLM, trained on such runs through replay.py; only the workers' tokens count
     solve, METHODS         the trained model in chapter 6's own loop, in several ways that differ in who sees what
@@ -103,18 +103,21 @@ def ideal(puzzle, me, own, others, past):
 
 
 def conclude(me, own, others, steps_of):
-    """The next word of a worker who is done. The last one to be done adds up the sums of the others, in the order of names."""
+    """The next word of a worker who has said that it is done. The last one to be done adds the others' sums to its own.
+
+    That takes a step for each of them, in the order of names: `Alice: 8 steps, sum 5.`, and so it is one addition again.
+    """
     if own[-1] == ", wait":
-        return ", wait"  # somebody was still working then, and will add up
+        return ", wait"  # somebody was still working at the beginning of this step, and will add up
     if own[-1].endswith("steps"):
         return f", sum {added(own, own[-1])}.\n\n"
     if len(own) > 1:
         return str(carried(own)) if own[-1] == ", \\boxed{" else "}"
-    sums = {w: carried(words) for w, steps in steps_of.items() for words in (*steps, others.get(w, [""])) if "done" in words}
+    sums = {w: carried(words) for w, steps in steps_of.items() for words in [*steps, others.get(w, [])] if "done" in words}
     if sums.keys() != steps_of.keys():
         return ", wait"
-    collected = [words[1] for words in steps_of[me] if words[1].split(":")[0] in NAMES]
-    left = [w for w in sorted(sums) if w != me and not any(word.startswith(NAMES[w]) for word in collected)]
+    added_already = {words[1].split(":")[0] for words in steps_of[me]}
+    left = [w for w in sorted(sums) if w != me and NAMES[w] not in added_already]
     return f"{NAMES[left[0]]}: {sums[left[0]]} steps" if left else ", \\boxed{"
 
 

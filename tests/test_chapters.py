@@ -1,11 +1,11 @@
-"""Every chapter runs directly, as a reader would run it, and ends in [OK]."""
+"""Every chapter, and what of the appendix is read like one, runs directly, as a reader would run it, and ends in [OK]."""
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
-CHAPTERS = sorted(path.name for path in ROOT.glob("0[0-9]_*.py"))
+CHAPTERS = [*sorted(path.name for path in ROOT.glob("0[0-9]_*.py")), "appendix/replay.py", "appendix/learn_to_collaborate.py"]
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
