@@ -7,9 +7,10 @@ minutes, if the task needs nothing else. Then the paper's claim can be watched: 
 The task. A list of numbers; each is replaced by the sum of the squares of its digits until that is 1 or 4. How many steps
 does that take for all numbers together (last digit)? Nobody can tell how long a number takes without doing it, so dividing
 the list in advance leaves somebody idle. Instead:
-- a worker who is free *claims* the first number that nobody has claimed, as seen in the shared cache at that very moment;
-- two who claim the same number in the same pass see that one pass later; who comes later by name takes the next one;
-- each carries the sum of its own steps along; when nothing is left it says so, and the last one adds the others' sums.
+- a worker who is free *claims* the number after the last one claimed, as seen in the shared cache at that very moment;
+- those who are free in the same pass see each other: who comes first by name takes the first number, and so on;
+- each carries the sum of its own steps along. When nothing is left, workers count themselves off (`1 done`, `2 done` ...)
+  and pass the sum on like a baton: the second to be done adds the first one's, the third the second's; the last answers.
 
     Puzzle, ideal          the task, and what an ideal worker writes next, given what it sees: the rules above, as a function
     play                   a whole run of an ideal team, with the bookkeeping of chapter 6's loop, without a model
@@ -66,15 +67,16 @@ def chain(number):
     return numbers
 
 
-LABELS = "ABCDEFGHIJKL"
-STARTS = [number for number in range(10, 100) if 3 <= len(chain(number)) <= 13]  # 2 to 12 steps
+LABELS = "ABCDEFGHIJ"
+DONE = [f"{number} done" for number in range(1, 5)]  # what is claimed when no number is left: to be done first, second ...
+STEPS = {number: len(chain(number)) - 1 for number in range(10, 100) if 4 <= len(chain(number)) <= 11}  # 3 to 10
 
 
 class Puzzle:
     """A list of numbers, each with a label. `work[label]` are the words of working on it, `answer` is the last digit."""
 
-    def __init__(self, chance, least=10, most=12):
-        numbers = dict(zip(LABELS, chance.sample(STARTS, chance.randint(least, most))))
+    def __init__(self, chance, least=8, most=10, starts=tuple(STEPS)):
+        numbers = dict(zip(LABELS, chance.sample(starts, chance.randint(least, most))))
         chains = {label: chain(number) for label, number in numbers.items()}
         self.text = "\n".join(f"{label}: {number}" for label, number in numbers.items())
         self.work = {label: [*(f" {n}" for n in numbers), f", {len(numbers) - 1} steps"] for label, numbers in chains.items()}
@@ -84,46 +86,38 @@ class Puzzle:
 def ideal(puzzle, me, own, others, past):
     """The next word of worker `me`, who sees what the arguments hold and nothing else.
 
+    The words of a step: first the one that ended the worker's step before (it carries the sum), then what comes after the
+    header; of these the first says what the step is for.
+
     Args:
-        own: words of its unfinished step, after the header; the first is the word that ended its step before.
-        others: {worker: words of its unfinished step}, of those that can be seen; past: [(worker, words)], finished steps.
+        own: words of its unfinished step; others: {worker: words of its unfinished step}, of those that can be seen.
+        past: [(worker, words)], finished steps.
     """
-    steps_of = {w: [words for v, words in past if v == w] for w in {me, *others, *(w for w, _ in past)}}
-    if any("done" in words for words in steps_of[me]):
-        return conclude(me, own, others, steps_of)
-    if len(own) == 1 or is_claim(own[-1]) and taken(own[-1], me, others, past):
-        claims = [word for words in (own, *others.values(), *(words for _, words in past)) for word in words if is_claim(word)]
-        free = 1 + LABELS.index(max(claims)[0]) if claims else 0
-        return LABELS[free] + ":" if free < len(puzzle.work) else "done"
-    if own[-1] == "done":
-        return f", sum {carried(own)}.\n\n"
-    since = next(i for i in range(len(own), 0, -1) if is_claim(own[i - 1]))  # words after the claim that holds
-    work = puzzle.work[own[since - 1][0]]
-    return [*work, f", sum {added(own, work[-1])}.\n\n"][len(own) - since]
-
-
-def conclude(me, own, others, steps_of):
-    """The next word of a worker who has said that it is done. The last one to be done adds the others' sums to its own.
-
-    That takes a step for each of them, in the order of names: `Alice: 8 steps, sum 5.`, and so it is one addition again.
-    """
-    if own[-1] == ", wait":
-        return ", wait"  # somebody was still working at the beginning of this step, and will add up
-    if own[-1].endswith("steps"):
-        return f", sum {added(own, own[-1])}.\n\n"
-    if len(own) > 1:
-        return str(carried(own)) if own[-1] == ", \\boxed{" else "}"
-    sums = {w: carried(words) for w, steps in steps_of.items() for words in [*steps, others.get(w, [])] if "done" in words}
-    if sums.keys() != steps_of.keys():
-        return ", wait"
-    added_already = {words[1].split(":")[0] for words in steps_of[me]}
-    left = [w for w in sorted(sums) if w != me and NAMES[w] not in added_already]
-    return f"{NAMES[left[0]]}: {sums[left[0]]} steps" if left else ", \\boxed{"
-
-
-def added(own, steps):
-    """The last digit of the sum that a worker carries along and of what a word like `, 8 steps` says."""
-    return (carried(own) + int(re.search(r"\d+", steps)[0])) % 10
+    seen = [*past, *others.items(), (me, own)]
+    begun = [(w, words[1]) for w, words in seen if len(words) > 1]
+    rank = {w: word for w, word in begun if word in DONE}
+    match own[1:]:
+        case [] if me not in rank:  # free: claim what comes next; who is free in this very pass too goes in order of names
+            ladder = [f"{label}:" for label in puzzle.work] + DONE
+            ahead = sum(w < me and w not in rank and len(words) == 1 for w, words in others.items())
+            return ladder[max([ladder.index(word) for _, word in begun if word in ladder], default=-1) + 1 + ahead]
+        case []:
+            last = {w for w, _ in seen} == rank.keys() and rank[me] == max(rank.values())
+            return ", \\boxed{" if last else ", wait"
+        case [claim, *work] if is_claim(claim) and len(work) < len(puzzle.work[claim[0]]):
+            return puzzle.work[claim[0]][len(work)]
+        case [done, *waits] if done in DONE[1:] and {*waits} <= {", wait"}:  # the baton, as soon as it can be seen
+            before = f", sum of {int(done[0]) - 1}:"
+            return next((f", {carried(words)} steps" for _, words in seen if words[0].startswith(before)), ", wait")
+        case [", wait", *_]:
+            return ", wait"
+        case [", \\boxed{"]:
+            return str(carried(own))
+        case [", \\boxed{", _]:
+            return "}"
+        case [first, *rest]:  # the step is done
+            total = (carried(own) + int(rest[-1].split()[-2] if rest else 0)) % 10
+            return f", sum of {first[0]}: {total}.\n\n" if first in DONE else f", sum {total}.\n\n"
 
 
 def is_claim(word):
@@ -133,39 +127,25 @@ def is_claim(word):
 
 def carried(words):
     """The sum that a worker carries along: it stands in the word that ended the step before this one."""
-    return int(words[0][6]) if words[0].startswith(", sum") else 0
+    return int(words[0][-4]) if words[0].startswith(", sum") else 0
 
 
-def taken(claim, me, others, past):
-    """Does the number belong to somebody else? To whoever has begun or done it; of those who claim it now, to the first."""
-    return (any(claim in words for _, words in past)
-            or any(claim in words and (words[-1] != claim or w < me) for w, words in others.items()))
-
-
-def play(puzzle, tokenizer, workers, layout, chance, slips=0.0):
-    """A run of an ideal team, as chapter 6 would record it. Returns the arguments of `replay.record`.
-
-    slips: this share of claims is wrong (a number that is taken), so that the model sees how one recovers. What should
-    have been claimed is not known to the loss then (replay.NOTHING).
-    """
+def play(puzzle, tokenizer, workers, layout):
+    """A run of an ideal team, as chapter 6 would record it. Returns the arguments of `replay.record`."""
     plan, word_id = layouts.layout(layout, workers), vocabulary(tokenizer)
     prompt = tokenizer.encode(f"{puzzle.text}\n\n" + (generate.PAST_STEPS if plan.moves else ""))
     pending = [opening(tokenizer, "\n\n", name, 1) for name in NAMES[:workers]]
     if not plan.headers:
         prompt, pending = prompt[:-1], [prompt[-1:]] * workers
-    own, past, step, passes = [["\n\n"] for _ in range(workers)], [], [1] * workers, []
-    while not passes or word_id["}"] not in passes[-1]["sampled"].values():
+    own, past, step, passes, words = [["\n\n"] for _ in range(workers)], [], [1] * workers, [], []
+    while "}" not in words:
         words = []
         for w in range(workers):
-            others = {other: own[other] for other in range(workers) if other != w} if layout == "combined" else {}
-            words.append(ideal(puzzle, w, own[w], others, past if plan.moves else [(v, s) for v, s in past if v == w]))
-        sampled = {w: word_id[word] for w, word in enumerate(words)}
-        for w, word in enumerate(words):
-            if is_claim(word) and word != "A:" and chance.random() < slips:
-                words[w] = chance.choice(LABELS[:LABELS.index(word[0])]) + ":"
-                sampled[w] = replay.NOTHING
-        passes.append({"fed": dict(enumerate(pending)), "sampled": sampled, "closed": []})
-        pending = [[word_id[word]] for word in words]
+            others = {v: own[v] for v in range(workers) if v != w and layout == "combined"}
+            words.append(ideal(puzzle, w, own[w], others, [(v, done) for v, done in past if v == w or plan.moves]))
+        sampled = [word_id[word] for word in words]
+        passes.append({"fed": dict(enumerate(pending)), "sampled": dict(enumerate(sampled)), "closed": []})
+        pending = [[token] for token in sampled]
         for w, word in enumerate(words):
             own[w] = [*own[w], word]
             if word.endswith(".\n\n"):
@@ -182,11 +162,11 @@ def play(puzzle, tokenizer, workers, layout, chance, slips=0.0):
 def make_tokenizer():
     """One token per word of the task; the protocol's strings are one token each, and headers three or four."""
     words = ["<unk>", "<end>", generate.PAST_STEPS, *generate.SEPARATORS.values(), generate.CHECK, generate.FINISHER,
-             "\n", "\n\n", "]:** ", *(f"**{name} [" for name in NAMES), "done", ", wait", ", \\boxed{", "}"]
-    words += [f"{label}:" for label in LABELS] + [f", {steps} steps" for steps in range(2, 13)]
-    words += [f" {number}" for number in sorted({number for start in STARTS for number in chain(start)})]
+             "\n", "\n\n", "]:** ", *(f"**{name} [" for name in NAMES), *DONE, ", wait", ", \\boxed{", "}"]
+    words += [f"{label}:" for label in LABELS] + [f", {steps} steps" for steps in range(11)]
+    words += [f" {number}" for number in sorted({number for start in STEPS for number in chain(start)})]
     words += [word for digit in range(10)
-              for word in (f"{digit}", f", sum {digit}.\n\n", *(f"{name}: {digit} steps" for name in NAMES))]
+              for word in (f"{digit}", f", sum {digit}.\n\n", *(f", sum of {rank}: {digit}.\n\n" for rank in range(1, 5)))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), "isolated")
@@ -216,9 +196,9 @@ def make_model(tokenizer):
 
 # ----------------------------------------------------------------------------------------------------------- training
 
-PROCESSES, TOKENS = 2, 1700  # each process takes whole runs until it has so many tokens; gradients are averaged
-KEEP_EVERY = 50  # steps between two checkpoints
-RATE, WARM_UP, SLIPS = 3e-3, 60, 0.03
+PROCESSES, TOKENS = 2, 1200  # each process takes whole runs until it has so many tokens; gradients are averaged
+KEEP_EVERY = 100  # steps between two checkpoints
+RATE, WARM_UP = 3e-3, 60
 GROWING = 0.4  # lists grow from 4 to 12 numbers over the first 40 % of the steps; half of them stay short, to teach endings
 
 
@@ -226,11 +206,13 @@ def lesson(tokenizer, chance, progress):
     """Recordings of ideal teams for one step of one process. progress: 0 ... 1, how much of the training is over."""
     recordings = []
     while sum(len(recording.ids) for recording in recordings) < TOKENS:
-        longest = 3 if chance.random() < 0.5 else 4 + round(8 * min(1, progress / GROWING))
-        puzzle = Puzzle(chance, 1, longest)
-        layout = chance.choices(["combined", "interleaved", "independent"], [18, 1, 1])[0]
-        workers = chance.choice({"combined": [1, 2, 3, 4, 4], "interleaved": [2, 3, 4], "independent": [1]}[layout])
-        recordings.append(replay.record(*play(puzzle, tokenizer, workers, layout, chance, SLIPS)))
+        most = 5 if chance.random() < 0.5 else 4 + round(6 * min(1, progress / GROWING))
+        steps = chance.randint(3, 9)  # numbers that take equally long make workers free in the same pass: that is hard
+        alike = [number for number in STEPS if STEPS[number] in (steps, steps + 1)]
+        puzzle = Puzzle(chance, 1, most, alike if chance.random() < 0.5 else [*STEPS])
+        layout = chance.choices(["combined", "interleaved", "independent"], [28, 1, 1])[0]
+        workers = chance.choice({"combined": [1, 2, 2, 3, 4, 4, 4], "interleaved": [2, 4], "independent": [1]}[layout])
+        recordings.append(replay.record(*play(puzzle, tokenizer, workers, layout)))
     return recordings
 
 
@@ -253,7 +235,8 @@ def descend(model, tokenizer, rank, checkpoint, seed, steps):
     """Adam on the mean gradient of all processes. Returns the log: a dict for each time that the state was kept."""
     ropes, parameters = query_rotation.attach(model), [*model.parameters()]
     words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    weight = torch.tensor([4.0 if re.fullmatch(r"\d|\w+: \d steps", word) else 1.0 for word in words])  # adding up is rare
+    decision = r"[A-J]:|\d done|, wait|, \d+ steps|, sum of .*\s*|, .boxed{|\d"  # rare or hard
+    weight = torch.tensor([3.0 if re.fullmatch(decision, word) else 1.0 for word in words])
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     first, log = 0, []
     if checkpoint.exists():
@@ -287,7 +270,7 @@ def descend(model, tokenizer, rank, checkpoint, seed, steps):
 
 def agreement(chosen, sampled, words):
     """By kind of word, the share of words that the model would have written as the ideal team did."""
-    kinds = {"claims": "[A-L]:|done", "numbers": r" \d+", "sums": r", sum \d\.\n\n", "collected": r"\w+: \d steps",
+    kinds = {"claims": r"[A-J]:|\d done", "numbers": r" \d+", "sums": r", sum.*\n\n",
              "answers": r"\d"}
     same = {kind: [a == b for a, b in zip(chosen.tolist(), sampled.tolist()) if re.fullmatch(pattern, words[b])]
             for kind, pattern in kinds.items()}
@@ -345,8 +328,8 @@ def solve(model, tokenizer, puzzle, method):
     for record in run.passes:
         for w, token in record["sampled"].items():
             word = tokenizer.convert_ids_to_tokens(token)
-            lines[w] += (word[0] if is_claim(word) else "." if word in ("done", ", wait")
-                         else "=" if re.fullmatch(r"\w+: \d steps|, .boxed{|\d|}", word) else lines[w][-1:])
+            lines[w] += (word[0] if is_claim(word) else "." if word in (*DONE, ", wait")
+                         else "=" if re.fullmatch(r", sum of .*\s*|, .boxed{|\d|}", word) else lines[w][-1:])
     for w in range(workers):
         written = [tokenizer.convert_ids_to_tokens(record["sampled"][w]) for record in run.passes]
         begun += [claim for claim, word in pairwise(written) if is_claim(claim) and word[0] == " "]
@@ -458,7 +441,7 @@ def main(argv=None):
     parser.add_argument("--png", metavar="FILE", help="draw the curves")
     parser.add_argument("--train", metavar="FOLDER", help="train from scratch instead; goes on where it was stopped")
     parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
-    parser.add_argument("--steps", type=int, default=1200, help="of the training (default: 1200)")
+    parser.add_argument("--steps", type=int, default=1650, help="of the training (default: 1650)")
     args, console = parser.parse_args(argv), Console(highlight=False)
     try:
         if args.train:
@@ -485,7 +468,8 @@ def main(argv=None):
 # Exercises
 # 1. Give every number to a worker in advance (A, C, E ... to Alice) and change `ideal` accordingly. How many passes does
 #    the same list take, and who waits for whom?
-# 2. Leave out the slips (SLIPS = 0), train again, and count what is worked on twice.
+# 2. Nobody in the training data ever makes a mistake. Let some claim a number that is taken (and give it up one pass
+#    later), with `replay.NOTHING` as the label of the mistake itself. Is less done twice then, or more?
 # 3. Five names: what has to change so that Erin can join? Does a model trained on four workers do without training?
 
 if __name__ == "__main__":

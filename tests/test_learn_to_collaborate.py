@@ -40,7 +40,7 @@ def test_every_number_comes_down():
     for number in starts:
         while number not in (1, 4):
             number, steps = sum(int(digit) ** 2 for digit in str(number)), steps + 1
-    assert puzzle.answer == str(steps % 10) and 10 <= len(starts) <= 12
+    assert puzzle.answer == str(steps % 10) and 8 <= len(starts) <= 10
 
 
 def test_the_tokenizer_keeps_every_word_and_every_text():
@@ -77,12 +77,12 @@ class Scripted(generate.Hogwild):
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10**6), st.sampled_from([("combined", 1), ("combined", 2), ("combined", 3), ("combined", 4),
-                                               ("interleaved", 2), ("interleaved", 4)]), st.integers(1, 12))
+                                               ("interleaved", 2), ("interleaved", 4)]), st.integers(1, 10))
 def test_the_ideal_team_is_recorded_as_chapter_6_would(seed, how, numbers):
     """`play` keeps books of its own. Chapter 6's loop, with the ideal team instead of a model, feeds and closes the same."""
     layout, workers = how
     puzzle = team.Puzzle(random.Random(seed), numbers, numbers)
-    plan, prompt, separators, passes = team.play(puzzle, TOKENIZER, workers, layout, random.Random(0))
+    plan, prompt, separators, passes = team.play(puzzle, TOKENIZER, workers, layout)
     torch.manual_seed(0)
     rules = generate.Settings(team.NAMES[:workers], layout, max_passes=400, check_every=0, greedy=True, prompt="{problem}")
     run = Scripted(team.make_model(TOKENIZER).eval(), TOKENIZER, puzzle.text, rules, forward=bookkeeping)
@@ -104,12 +104,11 @@ def bookkeeping(model, cache, tables, ids, last):
 
 @pytest.mark.parametrize("layout", ["combined", "interleaved"])
 def test_only_who_cannot_see_claims_twice(layout):
-    """The ideal team does every number once, whatever slips happen; if unfinished steps are hidden, it cannot know better."""
+    """The ideal team does every number once; if unfinished steps are hidden, it cannot know better."""
     twice = 0
     for seed in range(30):
-        chance = random.Random(seed)
-        puzzle = team.Puzzle(chance)
-        *_, passes = team.play(puzzle, TOKENIZER, 4, layout, chance, slips=0.1 if layout == "combined" else 0.0)
+        puzzle = team.Puzzle(random.Random(seed))
+        *_, passes = team.play(puzzle, TOKENIZER, 4, layout)
         words = [[TOKENIZER.convert_ids_to_tokens(record["fed"][w][-1]) for record in passes] for w in range(4)]
         begun = [claim for line in words for claim, word in zip(line, line[1:]) if team.is_claim(claim) and word[0] == " "]
         assert set(begun) == {label + ":" for label in puzzle.work}
