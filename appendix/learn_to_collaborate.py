@@ -73,7 +73,7 @@ def chain(number):
 
 
 LABELS = "ABCDEFGHIJ"
-DONE = [f"{rank} done" for rank in range(1, len(NAMES) + 1)]  # what is claimed when no number is left: to be done as the ...
+DONE = [f"{rank} done" for rank in range(1, len(NAMES) + 1)]  # claimed when no number is left
 ROUNDS = {number: len(chain(number)) - 1 for number in range(10, 100) if 3 <= len(chain(number)) - 1 <= 10}
 
 
@@ -92,7 +92,7 @@ class Puzzle:
 
 
 def ideal(puzzle, me, own, others, past):
-    """The next word of worker `me`, who sees what the arguments hold and nothing else.
+    r"""The next word of worker `me`, who sees what the arguments hold and nothing else.
 
     A step is a list of words without its header: [", sum 7.\n\n", "C:", " 23", " 13"]. The first one ended the worker's step
     before, and carries its sum; the second says what the step is for.
@@ -139,7 +139,10 @@ def carried(words):
 
 
 def play(puzzle, tokenizer, workers, layout):
-    """A run of an ideal team, as chapter 6 would record it. Returns the arguments of `replay.record`."""
+    """A run of an ideal team, as chapter 6 would record it. Returns the arguments of `replay.record`.
+
+    Workers who do not see unfinished steps all begin alike, so they stay alike: each is the first to be done, and answers.
+    """
     plan, word_id = layouts.layout(layout, workers), vocabulary(tokenizer)
     prompt = tokenizer.encode(f"{puzzle.text}\n\n" + (generate.PAST_STEPS if plan.moves else ""))
     pending = [opening(tokenizer, "\n\n", name, 1) for name in NAMES[:workers]]
