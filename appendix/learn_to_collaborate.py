@@ -383,7 +383,7 @@ def report(console, table):
     """Print the table. table: {method: [result per problem]}"""
     base = table["1 worker"]
     console.print(f"\n{len(base)} fresh problems; 95 % intervals. Passes and seconds: relative to 1 worker. Per problem:\n"
-                  "how often a number was worked on once more than needed (again), and how many numbers nobody worked on (never).\n",
+                  "how often a number was worked on once more than needed (again), and how many nobody worked on (never).\n",
                   soft_wrap=True)
     console.print(f"  {'':16}{'right':>22}{'passes':>8}{'relative passes':>22}{'relative seconds':>22}{'again':>7}{'never':>7}",
                   style="bold", soft_wrap=True)

@@ -186,7 +186,8 @@ def test_training_learns_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--problems", "0"], "at least 1"), (["--steps", "-1", "--train", "x"], "at least 1"), (["--problems", "x"], "invalid int"), (["--model", "nowhere"], "trained model"),
+    (["--problems", "0"], "at least 1"), (["--steps", "-1", "--train", "x"], "at least 1"),
+    (["--problems", "x"], "invalid int"), (["--model", "nowhere"], "trained model"),
     (["--out", "nowhere/results.jsonl"], "cannot be written"), (["--train", str(team.TEAM)], "already"),
     (["--png", "curves.svg"], "end in .png"), (["--out", __file__], "no file of results"),
     (["--nonsense"], "unrecognized"),
