@@ -211,7 +211,7 @@ PROCESSES, TOKENS = 2, 1200  # each process takes whole runs until it has so man
 KEEP_EVERY = 100  # steps between two checkpoints
 RATE, WARM_UP = 3e-3, 60
 GROWING = 0.4  # the longest list grows from 4 to 10 numbers over the first 40 % of the steps; one half stays below 6: endings
-LESSONS = {"combined": [1, 1, 2, 2, 3, 4, 4, 4], "interleaved": [2, 4], "independent": [1]}  # workers (alone, all are alike)
+LESSONS = {"combined": [1, 2, 2, 3, 4, 4, 4, 4], "interleaved": [2, 4], "independent": [1]}  # workers (alone, all are alike)
 KINDS = {"claims": r"[A-J]:|\d done", "rounds": r", \d+ rounds", "batons": r", sum of \d: \d\.\n\n", "sums": r", sum \d\.\n\n",
          "numbers": r" \d+", "endings": r", wait|, \\boxed\{|\d"}  # of words
 WEIGHT = {"claims": 3.0, "rounds": 3.0, "batons": 3.0, "endings": 3.0}  # in the loss, others 1: what is hard or rare
@@ -225,7 +225,7 @@ def lesson(tokenizer, chance, progress):
         rounds = chance.randint(3, 9)  # numbers that take equally long make workers free in the same pass, which is hard
         alike = [number for number in ROUNDS if ROUNDS[number] in (rounds, rounds + 1)]  # at least 10
         puzzle = Puzzle(chance, 1, most, alike if chance.random() < 0.5 else [*ROUNDS])
-        layout, = chance.choices([*LESSONS], [26, 2, 2])
+        layout, = chance.choices([*LESSONS], [27, 1, 2])
         workers = chance.choice(LESSONS[layout])
         recordings.append(replay.record(*play(puzzle, tokenizer, workers, layout)))
     return recordings
