@@ -595,6 +595,7 @@ def trace_of(run, model_name, ending, answer, error=None):
 
 def save_trace(path, trace):
     """Write the trace to `path`, whole or not at all."""
+    path = os.path.realpath(path)  # where a link points to, so that it stays a link
     temporary = Path(f"{path}.part")
     temporary.write_text(json.dumps(trace, ensure_ascii=False, indent=1), encoding="utf-8")
     os.replace(temporary, path)
@@ -611,11 +612,15 @@ def load_trace(path):
     if not isinstance(trace, dict) or trace.get("format") != "hogwild-trace-1":
         raise ValueError(f"{path!r} is not a trace that --save wrote")
     try:
-        for key in ("problem", "settings", "context", "tokens", "ending", "answer", "error"):
+        for key in ("problem", "prompt", "settings", "context", "tokens", "ending", "answer", "error"):
             trace[key]
-        for record in trace["passes"]:  # JSON turned the worker numbers into strings
+        for record in [*trace["passes"]]:  # JSON turned the worker numbers into strings
             for key in ("fed", "sampled", "text"):
                 record[key] = {int(worker): value for worker, value in record[key].items()}
+            record["seconds"] = float(record["seconds"])
+            if not all(type(token) is int and token >= 0 for token in [*sum(record["fed"].values(), []),
+                                                                       *record["sampled"].values()]):
+                raise ValueError("a token id is no natural number")
         trace["opening"] = {int(worker): text for worker, text in trace["opening"].items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"the trace {path!r} is damaged: {type(error).__name__}: {error}") from error
@@ -875,7 +880,7 @@ def replay(path, console, live):
 
 
 def resumed(args):
-    """Settings, problem and passes of the trace of --resume; `args` takes over from it what was not given."""
+    """Settings and trace of --resume; `args` takes over from it what was not given."""
     trace = load_trace(args.resume)
     given = vars(args)
     fixed = set(given) - {"resume", "model", "max_passes", "device", "dtype", "attention", "no_live", "save", "svg"}
@@ -884,8 +889,7 @@ def resumed(args):
         raise ValueError(f"a resumed run keeps its problem and settings: leave out {changed[0].replace('_', '-')} (what may be "
                          "given: --max-passes, --model, --device, --dtype, --attention, --save, --svg, --no-live)")
     try:
-        settings = Settings(**trace["settings"])
-        settings.max_passes = settings.max_passes if args.max_passes is None else args.max_passes
+        settings = Settings(**trace["settings"] | ({} if args.max_passes is None else {"max_passes": args.max_passes}))
         args.model = args.model or (None if trace["model"] == BUNDLED_MODEL else trace["model"])
         args.dtype = trace["dtype"].removeprefix("torch.") if args.dtype == "auto" else args.dtype
         args.save = args.save or args.resume
@@ -893,11 +897,11 @@ def resumed(args):
         raise ValueError(f"the trace {args.resume!r} is damaged: {type(error).__name__}: {error}") from error
     if settings.max_passes < len(trace["passes"]):
         raise ValueError(f"the run has taken {len(trace['passes'])} passes already; --max-passes {settings.max_passes} is less")
-    return settings, trace["problem"], trace["passes"]
+    return settings, trace
 
 
-def collaborate(args, settings, problem, console, live, past=()):
-    """Load the model and run the workers, going on from the passes `past` of a run that was saved.
+def collaborate(args, settings, problem, console, live, past=None):
+    """Load the model and run the workers; go on from the trace `past`, if there is one.
 
     Returns (screen, trace); the trace says how it ended, whatever happened.
     """
@@ -910,7 +914,9 @@ def collaborate(args, settings, problem, console, live, past=()):
     model, tokenizer = shared_cache.load_model(args.model, device, args.dtype)
     run = Hogwild(shared_cache.pack_linears(model), tokenizer, problem, settings, forward)
     if past:
-        import_module("appendix.replay").restore(run, past)
+        if (run.prompt, run.opening) != (past["prompt"], past["opening"]):
+            raise ValueError(f"the trace {args.resume!r} began with another prompt than this model would be given now")
+        import_module("appendix.replay").restore(run, past["passes"])
     ending, answer, error = None, None, None
     screen = Screen(settings.workers, run.opening, run.layout.moves, live, problem.strip(), run.context, console)
     try:
@@ -944,12 +950,15 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another one
     try:
-        for path in filter(None, (args.save, args.svg)):
+        if args.replay is not None and args.resume is not None:
+            raise ValueError("give either --replay, to show a run again, or --resume, to go on with it")
+        for path in filter(None, (args.save or args.resume, args.svg)):
             check_writable(path)
-        if args.replay:
+        if args.replay is not None:
             screen, trace = replay(args.replay, console, live)
         else:
-            settings, problem, past = resumed(args) if args.resume else (settings_of(args), read_problem(args), ())
+            settings, past = (settings_of(args), None) if args.resume is None else resumed(args)
+            problem = past["problem"] if past else read_problem(args)
             screen, trace = collaborate(args, settings, problem, console, live, past)
     except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: out of memory, for instance
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)

@@ -121,8 +121,8 @@ def record(plan, prompt, separators, passes):
         known, new = slice(len(column.offset)), slice(n, n + len(column.position))
         offset[known, new], visible[known, new], n = column.offset, column.visible, new.stop
     tables = layouts.Tables(start, position, torch.from_numpy(offset), torch.from_numpy(visible))
-    own = torch.tensor(own, dtype=torch.long)
-    return Recording(torch.tensor(ids), torch.tensor(sampled), own, [row.length for row in rows], tables, rows_of, prefill)
+    ids, sampled, own = (torch.tensor(numbers, dtype=torch.long) for numbers in (ids, sampled, own))
+    return Recording(ids, sampled, own, [row.length for row in rows], tables, rows_of, prefill)
 
 
 def recording_of(run):
@@ -168,8 +168,12 @@ def encode(model, ropes, recordings, size=256, frugal=True):
     Returns:
         (logits [M, vocabulary] of the M tokens from which one was sampled, in their order;
         a SharedCache with keys and values of all tokens: those of a recording behind those of the one before)
+    Raises:
+        ValueError: there are no tokens, or pieces of no size.
     """
     query_rotation.check_attached(model)
+    if not sum(len(recording.ids) for recording in recordings) or size < 1:
+        raise ValueError(f"there is nothing to encode in {len(recordings)} recordings with pieces of {size} tokens")
     bases = [0, *accumulate(len(recording.ids) for recording in recordings)]
     cache = shared_cache.SharedCache([bases[-1]], ropes)
     cache.new_slots = torch.cat([base + recording.tables.start[recording.own] + recording.tables.position
@@ -211,6 +215,8 @@ def restore(run, passes):
     """
     if run.passes:
         raise ValueError(f"this run has advanced by {len(run.passes)} passes already; restore a fresh one")
+    if len(passes) > run.settings.max_passes:
+        raise ValueError(f"{len(passes)} passes are more than the {run.settings.max_passes} of this run's max_passes")
     vocabulary, sample = run.model.get_output_embeddings().weight.shape[0], run.sample
 
     def feed(writers):
@@ -218,7 +224,8 @@ def restore(run, passes):
         return torch.zeros(len(writers), vocabulary)
 
     def repeat(past, logits, writing):
-        if {w.index: w.pending for w in writing} != past["fed"] or past["sampled"].keys() != past["fed"].keys():
+        if ({w.index: w.pending for w in writing} != past["fed"] or past["sampled"].keys() != past["fed"].keys()
+                or max(past["sampled"].values()) >= vocabulary):
             raise ValueError(f"pass {len(run.passes) + 1} of the trace does not follow from those before it: it was made by "
                              "another model, or with other settings")
         sample(logits, writing)  # how many random numbers that takes does not depend on the logits; what it picks is not used

@@ -205,7 +205,7 @@ def test_wrong_input_is_refused_in_one_sentence(arguments, words, capsys):
 def test_results_are_kept_and_belong_to_their_weights(tmp_path, capsys):
     """A second run solves what is missing only; a line that was cut short is solved again; other weights, other results."""
     out = tmp_path / "results.jsonl"
-    other = {"weights": "another model", "problem": 0, "method": "1 worker"}
+    other = dict.fromkeys(team.RESULT) | {"weights": "another model", "problem": 0, "method": "1 worker"}
     out.write_text(json.dumps(other) + "\n")
     team.main(["--problems", "1", "--out", str(out), "--png", str(tmp_path / "curves.png")])
     text = capsys.readouterr().out
@@ -215,7 +215,8 @@ def test_results_are_kept_and_belong_to_their_weights(tmp_path, capsys):
     out.write_text("\n".join(lines[:-1] + [lines[-1][:20]]))
     team.main(["--problems", "1", "--out", str(out)])
     again = out.read_text().splitlines()
-    assert again[:-1] == lines[:-1] and json.loads(again[-1])["passes"] == json.loads(lines[-1])["passes"]
+    assert len(again) == len(lines) and again[:-1] == lines[:-1]
+    assert json.loads(again[-1])["passes"] == json.loads(lines[-1])["passes"]
 
 
 def test_a_training_is_not_continued_with_other_settings(tmp_path, capsys):
@@ -223,3 +224,13 @@ def test_a_training_is_not_continued_with_other_settings(tmp_path, capsys):
     torch.save({"of": (0, 12)}, tmp_path / "checkpoint.pt")
     assert team.main(["--train", str(tmp_path), "--seed", "1", "--steps", "12"]) == 2
     assert "--seed 0 --steps 12" in capsys.readouterr().err
+    (tmp_path / "checkpoint.pt").write_text("something else")
+    assert team.main(["--train", str(tmp_path)]) == 2 and "no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["a note without an end", "a note\n", '{"format": "hogwild-eval-1"}\n', "[" * 10**5])
+def test_files_of_others_are_left_alone(tmp_path, capsys, text):
+    """--out does not touch what is no file of results."""
+    (tmp_path / "notes").write_text(text)
+    assert team.main(["--problems", "1", "--out", str(tmp_path / "notes")]) == 2
+    assert "no file of results" in capsys.readouterr().err and (tmp_path / "notes").read_text() == text

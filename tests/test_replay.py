@@ -328,3 +328,28 @@ def test_a_resumed_run_keeps_its_settings(tmp_path, capsys, arguments, words):
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and "Traceback" not in error
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda trace: trace["passes"][3]["sampled"].update({"0": -1}), "damaged"),
+    (lambda trace: trace["passes"][3]["sampled"].update({"0": "x"}), "damaged"),
+    (lambda trace: trace["passes"][-1]["sampled"].update({"0": 9999}), "does not follow"),
+    (lambda trace: trace["passes"][2].update(seconds=None), "damaged"),
+    (lambda trace: trace.update(prompt="something else"), "another prompt"),
+    (lambda trace: trace["settings"].update(prompt="{problem}?"), "another prompt"),
+    (lambda trace: trace["settings"].update(max_passes=2**40), "below 2^31"),
+])
+def test_an_edited_trace_is_refused_and_stays(tmp_path, capsys, edit, words):
+    """One sentence, and the file is as it was."""
+    (tmp_path / "prompt.txt").write_text("{problem}")
+    saved = str(tmp_path / "trace.json")
+    command = ["A: 43\nB: 16\nC: 77", "--model", str(ROOT / "appendix" / "team"), "--prompt", str(tmp_path / "prompt.txt")]
+    assert generate.main([*command, "--greedy", "--check-every", "0", "--max-passes", "8", "--save", saved]) == 0
+    trace = json.loads(open(saved).read())
+    edit(trace)
+    (tmp_path / "trace.json").write_text(json.dumps(trace))
+    capsys.readouterr()
+    assert generate.main(["--resume", saved]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and json.loads(open(saved).read()) == trace
+    assert generate.main(["--resume", saved, "--replay", saved]) == 2
