@@ -110,13 +110,13 @@ def ideal(puzzle, me, own, others, past):
             ladder = [f"{label}:" for label in puzzle.work] + DONE
             ahead = sum(w < me and w not in rank and len(words) == 1 for w, words in others.items())
             return ladder[max([ladder.index(word) for _, word in begun if word in ladder], default=-1) + 1 + ahead]
-        case []:
+        case []:  # step-wise, several may be `1 done`, and the last: then they have all done everything, and all answer
             last = {w for w, _ in seen} == rank.keys() and rank[me] == max(rank.values())
             return ", \\boxed{" if last else ", wait"
         case [claim, *work] if is_claim(claim) and len(work) < len(puzzle.work[claim[0]]):
             return puzzle.work[claim[0]][len(work)]
-        case [done, *waits] if done in DONE[1:] and {*waits} <= {", wait"}:  # take over the baton as soon as it can be seen,
-            before = f", sum of {int(done[0]) - 1}:"  # ... in the words of one's own work, because it is added like that
+        case [done, *waits] if done in DONE[1:] and {*waits} <= {", wait"}:  # take over the baton as soon as it can be seen:
+            before = f", sum of {int(done[0]) - 1}:"  # ... `, 7 rounds`, like one's own, because it is added like them
             return next((f", {carried(words)} rounds" for _, words in seen if words[0].startswith(before)), ", wait")
         case [", wait", *_]:
             return ", wait"
@@ -124,7 +124,7 @@ def ideal(puzzle, me, own, others, past):
             return str(carried(own))
         case [", \\boxed{", _]:
             return "}"
-        case [first, *rest]:  # the step is done
+        case [first, *rest]:  # the step is done; its last word is `, 7 rounds`, except that `1 done` takes over nothing
             total = (carried(own) + int(rest[-1].split()[-2] if rest else 0)) % 10
             return f", sum of {first[0]}: {total}.\n\n" if first in DONE else f", sum {total}.\n\n"
 
@@ -153,7 +153,7 @@ def play(puzzle, tokenizer, workers, layout):
     while "}" not in words:
         words = []
         for w in range(workers):
-            others = {v: own[v] for v in range(workers) if v != w and layout == "combined"}  # token by token
+            others = {v: own[v] for v in range(workers) if v != w and layout == "combined"}  # the others hide them
             words.append(ideal(puzzle, w, own[w], others, [(v, done) for v, done in past if v == w or plan.moves]))
         sampled = [word_id[word] for word in words]
         passes.append({"fed": dict(enumerate(pending)), "sampled": dict(enumerate(sampled)), "closed": []})
@@ -212,7 +212,8 @@ PROCESSES, TOKENS = 2, 1200  # each process takes whole runs until it has so man
 KEEP_EVERY = 100  # steps between two checkpoints
 RATE, WARM_UP = 3e-3, 60
 GROWING = 0.4  # the longest list grows from 4 to 10 numbers over the first 40 % of the steps; one half stays below 6: endings
-LESSONS = {"combined": [1, 2, 2, 3, 4, 4, 4, 4], "interleaved": [2, 4], "independent": [1]}  # workers (alone, all are alike)
+LESSONS = {  # layout: of 30 lessons how many; with how many workers. Who sees nothing of others writes what one alone does
+    "combined": (27, [1, 2, 2, 3, 4, 4, 4, 4]), "interleaved": (1, [2, 4]), "independent": (2, [1])}
 KINDS = {"claims": r"[A-J]:|\d done", "rounds": r", \d+ rounds", "batons": r", sum of \d: \d\.\n\n", "sums": r", sum \d\.\n\n",
          "numbers": r" \d+", "endings": r", wait|, \\boxed\{|\d"}  # of words
 WEIGHT = {"claims": 3.0, "rounds": 3.0, "batons": 3.0, "endings": 3.0}  # in the loss, others 1: what is hard or rare
@@ -226,8 +227,8 @@ def lesson(tokenizer, chance, progress):
         rounds = chance.randint(3, 9)  # numbers that take equally long make workers free in the same pass, which is hard
         alike = [number for number in ROUNDS if ROUNDS[number] in (rounds, rounds + 1)]  # at least 10
         puzzle = Puzzle(chance, 1, most, alike if chance.random() < 0.5 else [*ROUNDS])
-        layout, = chance.choices([*LESSONS], [27, 1, 2])
-        workers = chance.choice(LESSONS[layout])
+        layout, = chance.choices([*LESSONS], [share for share, _ in LESSONS.values()])
+        workers = chance.choice(LESSONS[layout][1])
         recordings.append(replay.record(*play(puzzle, tokenizer, workers, layout)))
     return recordings
 
@@ -248,7 +249,7 @@ def learn(rank, folder, seed, steps):
 
 
 def descend(model, tokenizer, rank, checkpoint, seed, steps):
-    """Adam on the mean gradient of all processes, at most 1 long. Returns the log: a dict for each time that state was kept."""
+    """AdamW on the mean gradient of all processes, its norm clipped to 1. Returns the log: a dict per time state was kept."""
     ropes, parameters = query_rotation.attach(model), [*model.parameters()]
     words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     weight = torch.tensor([WEIGHT.get(kind_of(word), 1.0) for word in words])
@@ -328,15 +329,15 @@ def train(folder, seed, steps):
     except OSError as error:
         raise ValueError(f"another process is training in {str(folder)!r}: wait for it, or name another folder") from error
     meeting_point.unlink(missing_ok=True)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process alone, ...
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process alone
     try:
-        children = processes.spawn(learn, (folder, seed, steps), PROCESSES, join=False, daemon=True)  # ... its end for all
+        children = processes.spawn(learn, (folder, seed, steps), PROCESSES, join=False, daemon=True)  # which end with it
     finally:
         signal.signal(signal.SIGINT, handler)
     try:
         while not children.join():
             pass
-    except processes.ProcessException as error:
+    except (processes.ProcessRaisedException, processes.ProcessExitedException) as error:
         raise ValueError(f"the training stopped: {str(error).strip().splitlines()[-1]}") from error
     finally:
         meeting_point.unlink(missing_ok=True)
@@ -363,13 +364,14 @@ def solve(model, tokenizer, puzzle, method):
     """Let a team work on a puzzle, in chapter 6's loop, each word the likeliest. Returns what the report needs."""
     workers, layout, loop, _ = METHODS[method]
     settings = generate.Settings(NAMES[:workers], layout, max_passes=MOST, check_every=0, greedy=True, prompt="{problem}")
-    run = loop(model, tokenizer, puzzle.text, settings)
     start = time.perf_counter()
+    run = loop(model, tokenizer, puzzle.text, settings)
     while run.ending is None:
         run.advance()
     seconds = time.perf_counter() - start
     written = [tokenizer.convert_ids_to_tokens([record["sampled"][w] for record in run.passes if w in record["sampled"]])
                for w in range(workers)]
+    # a claim counts once work on it has begun
     begun = [claim for words in written for claim, word in pairwise(words) if is_claim(claim) and kind_of(word) == "numbers"]
     return {"method": method, "answer": run.boxed, "right": run.boxed == puzzle.answer, "passes": len(run.passes),
             "seconds": seconds, "lines": [line_of(words) for words in written], "again": len(begun) - len(set(begun)),
@@ -377,7 +379,7 @@ def solve(model, tokenizer, puzzle, method):
 
 
 def line_of(words):
-    """A letter per word of a worker: the label of the number that it works on, `.` if none is left, `=` if it adds up."""
+    """A letter per word of a worker: the label of the number that it works on, `.` if none is left, `=` for the sum."""
     line = ""
     for word in words:
         line += (word[0] if is_claim(word) else "." if word in (*DONE, ", wait")
@@ -453,7 +455,10 @@ def show(console, result):
 
 
 def measure(console, folder, count, out=None):
-    """Show one problem, then solve `count` fresh ones in all ways, taking turns. Returns {method: [result per problem]}."""
+    """Solve `count` fresh problems in all ways, taking turns, and show the first. What the file `out` has is not solved again.
+
+    Returns {method: [result per problem]}.
+    """
     torch.set_num_threads(1)
     weights = Path(folder) / "model.safetensors"
     if not weights.exists():
@@ -465,7 +470,7 @@ def measure(console, folder, count, out=None):
     results = {key: row for key, row in kept(out) if key[0] == made_by}
     solve(model, tokenizer, Puzzle(random.Random("warm-up")), "1 worker")
     console.print("Which number (A, B, C ...) each worker works on, one letter for two passes.\n"
-                  "A dot: nothing is left to claim. =: adding up.\n")
+                  "A dot: nothing is left to claim. =: the sum, or the answer.\n")
     for number in range(count):
         puzzle = Puzzle(random.Random(f"fresh {number}"))
         for method in METHODS:
@@ -542,10 +547,10 @@ def main(argv=None):
         again = "; the same command goes on from what was kept" if args.out or args.train else ""
         print(f"interrupted{again}", file=sys.stderr)
         return 130
-    share = {method: mean(table[method], "passes") / mean(table["1 worker"], "passes") for method in ENOUGH}
-    good = all(share[method] <= most and mean(table[method], "right") >= RIGHT for method, most in ENOUGH.items())
-    console.print(f"\n{'[OK]' if good else 'Not as it should be:'} 2 workers take {share['2 workers']:.2f} of the passes "
-                  f"of one, 4 workers {share['4 workers']:.2f}", markup=False, soft_wrap=True)
+    relative = {method: mean(table[method], "passes") / mean(table["1 worker"], "passes") for method in ENOUGH}
+    good = all(relative[method] <= most and mean(table[method], "right") >= RIGHT for method, most in ENOUGH.items())
+    console.print(f"\n{'[OK]' if good else 'Not as it should be:'} 2 workers take {relative['2 workers']:.2f} of the passes "
+                  f"of one, 4 workers {relative['4 workers']:.2f}", markup=False, soft_wrap=True)
     return 0 if good else 1
 
 
