@@ -614,7 +614,9 @@ def load_trace(path):
     try:
         for key in ("problem", "prompt", "settings", "context", "tokens", "ending", "answer", "error"):
             trace[key]
-        for record in [*trace["passes"]]:  # JSON turned the worker numbers into strings
+        if not isinstance(trace["passes"], list):
+            raise ValueError("its passes are no list")
+        for record in trace["passes"]:  # JSON turned the worker numbers into strings
             for key in ("fed", "sampled", "text"):
                 record[key] = {int(worker): value for worker, value in record[key].items()}
             record["seconds"] = float(record["seconds"])

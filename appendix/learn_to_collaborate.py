@@ -346,7 +346,6 @@ def train(folder, seed, steps):
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 
-RE_ENCODE = evaluation.Reencode  # a finished step is encoded anew at the end of the history, not moved there
 METHODS = {  # workers, layout, loop, line in the figure
     "1 worker": (1, "combined", generate.Hogwild, "-"),
     "2 workers": (2, "combined", generate.Hogwild, "-"),
@@ -355,8 +354,8 @@ METHODS = {  # workers, layout, loop, line in the figure
     "4, step-wise": (4, "interleaved", generate.Hogwild, "--"),
     "2, independent": (2, "independent", generate.Hogwild, ":"),  # sees nothing of them
     "4, independent": (4, "independent", generate.Hogwild, ":"),
-    "2, re-encoded": (2, "combined", RE_ENCODE, "-."),
-    "4, re-encoded": (4, "combined", RE_ENCODE, "-."),
+    "2, re-encoded": (2, "combined", evaluation.Reencode, "-."),  # encodes a finished step anew instead of moving it
+    "4, re-encoded": (4, "combined", evaluation.Reencode, "-."),
 }
 MOST = 300  # passes; nobody who knows the task needs half as many
 
@@ -390,6 +389,7 @@ def line_of(words):
 
 def ratio(rows, base, key, draws=2000):
     """Mean of `key` over that of `base` on the same problems, and its 95 % interval from redrawing problems (bootstrap)."""
+
     def quotient(pairs):
         return sum(a for a, _ in pairs) / sum(b for _, b in pairs)
     pairs, chance = [(row[key], other[key]) for row, other in zip(rows, base)], random.Random(0)

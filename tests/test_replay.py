@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_06_generate import MODELS, PROBLEM, SHORT, TINY, run_and_record, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, Trainer, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
 
 sys.path.append(str(ROOT / "appendix"))
 generate = import_module("06_generate")
@@ -336,11 +337,13 @@ def test_a_resumed_run_keeps_its_settings(tmp_path, capsys, arguments, words):
     (lambda trace: trace["passes"][-1]["sampled"].update({"0": 9999}), "does not follow"),
     (lambda trace: trace["passes"][2].update(seconds=None), "damaged"),
     (lambda trace: trace.update(prompt="something else"), "another prompt"),
+    (lambda trace: trace.update(passes={}), "damaged"),
     (lambda trace: trace["settings"].update(prompt="{problem}?"), "another prompt"),
     (lambda trace: trace["settings"].update(max_passes=2**40), "below 2^31"),
 ])
 def test_an_edited_trace_is_refused_and_stays(tmp_path, capsys, edit, words):
     """One sentence, and the file is as it was."""
+    disable_progress_bar()  # of loading, which is on standard error too
     (tmp_path / "prompt.txt").write_text("{problem}")
     saved = str(tmp_path / "trace.json")
     command = ["A: 43\nB: 16\nC: 77", "--model", str(ROOT / "appendix" / "team"), "--prompt", str(tmp_path / "prompt.txt")]
@@ -352,4 +355,4 @@ def test_an_edited_trace_is_refused_and_stays(tmp_path, capsys, edit, words):
     assert generate.main(["--resume", saved]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and json.loads(open(saved).read()) == trace
-    assert generate.main(["--resume", saved, "--replay", saved]) == 2
+    assert generate.main(["--resume", saved, "--replay", saved]) == 2 and "either" in capsys.readouterr().err
