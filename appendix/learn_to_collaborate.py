@@ -265,12 +265,12 @@ def descend(model, tokenizer, rank, checkpoint, seed, steps):
     for step in range(first, steps):
         recordings = lesson(tokenizer, random.Random(f"{seed} {step} {rank}"), step / steps)
         sampled = torch.cat([recording.sampled for recording in recordings])
-        sampled = sampled[sampled != replay.NOTHING]
-        logits, _ = replay.encode(model, ropes, recordings, frugal=False)
+        sampled = sampled[sampled != replay.NOTHING]  # [M], what workers chose
+        logits, _ = replay.encode(model, ropes, recordings, frugal=False)  # [M, vocabulary]; so short a row needs no frugality
         loss = F.cross_entropy(logits, sampled, weight)
         optimizer.zero_grad()
         loss.backward()
-        gradient = parameters_to_vector([parameter.grad for parameter in parameters])
+        gradient = parameters_to_vector([parameter.grad for parameter in parameters])  # [parameters], in one piece
         dist.all_reduce(gradient)  # DistributedDataParallel would want to wrap the model's own forward pass
         gradient /= PROCESSES
         vector_to_parameters(gradient / max(1, gradient.norm()), [parameter.grad for parameter in parameters])
