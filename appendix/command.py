@@ -1,0 +1,71 @@
+r"""Appendix: what every command line of this project has in common.
+
+One sentence and exit code 2 when something is wrong, 130 after Ctrl-C, and nothing on the terminal that could
+command it: control characters of files, models and errors are replaced.
+"""
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control characters but tab and new line
+
+
+def plain(text):
+    """The text without control characters: nobody's words move the cursor or set a title."""
+    return CONTROL.sub("\ufffd", str(text))
+
+
+def first_line(error):
+    """An error as one line."""
+    return plain((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def option(default, help):
+    """A field of a dataclass that the command line offers, too."""
+    given = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**given, metadata={"help": help.replace("%", "%%")})
+
+
+class Parser(HfArgumentParser):
+    """transformers' parser of dataclasses, with one sentence instead of a page when something is wrong."""
+
+    def error(self, message):
+        """Print the sentence and exit with code 2."""
+        self.exit(2, f"{self.prog}: {plain(message)}\n")
+
+    def read(self, argv=None):
+        """The dataclasses, filled in; then a namespace of other arguments, if there are any."""
+        known, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}; --help lists what there is")
+        for name, value in vars(known).items():
+            if value == "" or (isinstance(value, list) and not value):
+                self.error(f"{name.replace('_', '-')} is empty; give a value, or leave it out")
+        return self.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def distinct(**files):
+    """Raise ValueError if two options name one file. Options that are None name none."""
+    seen = {}
+    for name, path in files.items():
+        if path is not None:
+            other = seen.setdefault(Path(path).resolve(), name)
+            if other != name:
+                raise ValueError(f"--{other} and --{name} name the same file, {path!r}; they need one each")
+
+
+def one_sentence(main):
+    """Run main() for its exit code; what goes wrong becomes one sentence on standard error and code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
+    try:
+        return main()
+    except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
+        print(f"{Path(sys.argv[0]).name}: {first_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was saved is kept, and the same command goes on from there", file=sys.stderr)
+        return 130

