@@ -98,15 +98,15 @@ class Tables:
     position: torch.Tensor  # [N] in-block index of each new token: the position_ids of the model
     offset: torch.Tensor  # [B, N] place of the own block minus place of row b's block, in the token's view
     visible: torch.Tensor  # [B, N] how many leading slots of block b the token sees
+    writers: list | None = None  # what the tables were filled from, see fill_tables
     derived: dict = field(default_factory=dict, init=False, repr=False)  # chapter 4's, shared by all layers
 
 
-def number_rows(views):
-    """Give every block in `views` a row: {(block, how often it stood in this view before): row}.
+def number_rows(views, rows):
+    """Give every block in `views` a row, in `rows`: {(block, how often it stood in this view before): row}.
 
     So the dots of the combined layout, which stand in a view once per other worker, have that many rows.
     """
-    rows = {}
     for view in views:
         before = Counter()
         for block in view:
@@ -115,15 +115,16 @@ def number_rows(views):
     return rows
 
 
-def fill_tables(writers):
+def fill_tables(writers, rows=None):
     """Fill the two tables for one forward pass (paper, section 3.4 and appendix B).
 
     Args:
         writers: pairs (view, count), one per block that is written in this pass: the writer's view, its own
             block last (and nowhere else in it), and its number of new tokens, for which room has been
             reserved. The packed row of N tokens follows this order.
+        rows: rows that were numbered before, see number_rows; new blocks get further ones. None: no rows.
     """
-    rows = number_rows(view for view, _ in writers)
+    rows = number_rows([view for view, _ in writers], {} if rows is None else rows)
     total = sum(count for _, count in writers)  # N
     position = np.zeros(total, np.int64)  # [N]; numpy: small assignments cost torch four times as much
     offset, visible = np.zeros((2, len(rows), total), np.int64)  # [B, N] each
@@ -141,7 +142,7 @@ def fill_tables(writers):
         visible[row, new] = position[new] + 1  # ... except, in the own block, one's own future
         n += count
     start = torch.tensor([block.start for block, _ in rows])
-    return Tables(start, *(torch.from_numpy(table) for table in (position, offset, visible)))
+    return Tables(start, *(torch.from_numpy(table) for table in (position, offset, visible)), writers)
 
 
 # ------------------------------------------------------------------------------------- what one can see

@@ -57,6 +57,12 @@ def distinct(**files):
                 raise ValueError(f"--{other} and --{name} name the same file, {path!r}; they need one each")
 
 
+class Failed(RuntimeError):
+    """The work stopped half-way, through no fault of what was asked: exit code 1."""
+
+    code = 1
+
+
 def one_sentence(main):
     """Run main() for its exit code; what goes wrong becomes one sentence on standard error and code 2."""
     if hasattr(sys.stdout, "reconfigure"):
@@ -65,7 +71,7 @@ def one_sentence(main):
         return main()
     except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {first_line(error)}", file=sys.stderr)
-        return 2
+        return getattr(error, "code", None) or 2
     except KeyboardInterrupt:
         print("interrupted; what was saved is kept, and the same command goes on from there", file=sys.stderr)
         return 130

@@ -45,7 +45,6 @@ class Options:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "default: that of the checkpoint")
     attention: Literal["auto", "torch", "triton"] = option(
         "auto", "chapter 4's function (torch) or chapter 5's kernel (triton); auto: the kernel on a GPU")
-    context: int | None = option(None, "tokens that a worker can have in view (default: what the config says)")
     tensor_parallel: bool = option(False, "under torchrun: each process holds a share of every weight")
 
 
@@ -76,8 +75,6 @@ def prepared(options, team=None):
     device = options.device or (str(team.device) if team else best_device())
     if torch.device(device).type == "cpu":  # leave a core to others: one thread that waits makes all wait
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-    if options.context is not None and options.context < 1:
-        raise ValueError(f"--context is {options.context}; it must be at least 1")
     if not options.tensor_parallel:
         model, tokenizer = load(options.model, device, options.dtype)
         return fast_products(model), tokenizer
@@ -380,32 +377,61 @@ def context(model):
     return max(config.max_position_embeddings, stretched)
 
 
-def sampling(model, settings, prompt_length):
-    """How the model wants its tokens to be picked: transformers' own processors, from its generation_config.
+def fingerprint(model):
+    """A few characters that tell these weights from others: the first number of every tensor, hashed."""
+    first = torch.stack([p.detach().flatten()[0].float().cpu() for p in model.parameters()])
+    return hashlib.sha256(first.numpy().tobytes()).hexdigest()[:12]
+
+
+class Sampler:
+    """Picks tokens the way a model asks for: transformers' own processors, from its generation_config.
 
     Args:
-        settings: greedy, temperature, top_p and top_k; the latter three win over the model's where they are given. Where
-            the model does not say whether to sample, it is sampled (temperature 0.6, top-p 0.95, top-k 50).
-    Returns:
-        (processors, which read the ids in view; warpers, which look at the logits alone, or None for greedy; top_k)
+        settings: greedy, temperature, top_p and top_k; the latter three win over the model's where they are
+            given. A model that does not say whether to sample is sampled (0.6, top-p 0.95, top-k 50).
+        forbidden: [n] ids that are never picked.
+    Attributes:
+        processors: those that read the ids in view (penalties for repetition and the like).
+        warpers: those that look at the logits alone; None: the likeliest token is picked.
     """
-    config = copy.deepcopy(model.generation_config)
-    given = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
-    silent = config.do_sample is None
-    for name, ours, theirs in (("temperature", 0.6, 1.0), ("top_p", 0.95, 1.0), ("top_k", 50, 50)):
-        own = getattr(config, name, None)
-        value = given[name] if given[name] is not None else own if own is not None else ours if silent else theirs
-        setattr(config, name, value)
-    refused = config.do_sample is False and all(value is None for value in given.values())
-    greedy = settings.greedy or refused or not config.temperature
-    config.do_sample = not greedy
-    top_k, config.top_k = config.top_k, 0  # the best k come first, so that the warpers have less to look at
-    try:
-        model._prepare_special_tokens(config, device=model.device)
-        every = model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=model.device, model_kwargs={})
-    except Exception as error:  # of any kind: a config may say anything
-        raise ValueError(f"the generation_config of this model cannot be used: {first_line(error)}") from error
-    is_warper = [type(one).__name__.endswith("Warper") for one in every]
-    warpers = LogitsProcessorList(one for one, warps in zip(every, is_warper) if warps)
-    processors = LogitsProcessorList(one for one, warps in zip(every, is_warper) if not warps)
-    return processors, None if greedy else warpers, max(0, top_k or 0)
+
+    def __init__(self, model, settings, forbidden, prompt_length):
+        config = copy.deepcopy(model.generation_config)
+        given = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
+        silent, refused = config.do_sample is None, config.do_sample is False
+        for name, ours, theirs in (("temperature", 0.6, 1.0), ("top_p", 0.95, 1.0), ("top_k", 50, 50)):
+            own = getattr(config, name, None)
+            default = own if own is not None else ours if silent else theirs
+            setattr(config, name, default if given[name] is None else given[name])
+        greedy = settings.greedy or not config.temperature
+        greedy |= refused and all(value is None for value in given.values())
+        config.do_sample = not greedy
+        # The best k come first, so that the warpers have k logits to look at, not a vocabulary.
+        self.top_k, config.top_k = config.top_k, 0
+        try:
+            model._prepare_special_tokens(config, device=model.device)
+            every = model._get_logits_processor(config, prompt_length, device=model.device, model_kwargs={})
+            self.top_k = max(0, int(self.top_k))
+        except Exception as error:  # of any kind: a config may say anything
+            raise ValueError(f"the generation_config of this model cannot be used: {first_line(error)}") from error
+        warpers = LogitsProcessorList(one for one in every if type(one).__name__.endswith("Warper"))
+        self.processors = LogitsProcessorList(one for one in every if one not in warpers)
+        self.warpers, self.forbidden = None if greedy else warpers, forbidden.to(model.device)
+
+    def pick(self, logits, draws, seen):
+        """A token id per row of logits [rows, vocabulary].
+
+        Args:
+            draws: per row a random number from 0 to 1; seen: a function from a row to the ids in its view.
+        """
+        logits = logits.float().clone()
+        for row in range(len(logits)) if self.processors else ():
+            ids = torch.tensor([seen(row)], device=logits.device)  # [1, view]
+            logits[row] = self.processors(ids, logits[row][None])[0]
+        logits[:, self.forbidden] = float("-inf")
+        if self.warpers is None:
+            return logits.argmax(-1).tolist()
+        best, ids = logits.topk(min(self.top_k or logits.shape[-1], logits.shape[-1]))  # [rows, k]
+        chances = self.warpers(None, best).softmax(-1).cumsum(-1).cpu()
+        picks = torch.searchsorted(chances, chances[:, -1:] * torch.tensor(draws)[:, None])  # [rows, 1]
+        return ids.cpu().gather(1, picks)[:, 0].tolist()

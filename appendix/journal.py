@@ -1,0 +1,156 @@
+r"""Appendix: a file that grows by a line per piece of work, so that the same command goes on where it was stopped.
+
+The first line says what all others have in common. Each further line is whole, or cut off at the next start:
+a kill loses at most the piece of work that was under way. Traces (chapter 6) and evaluations (chapter 7) are
+such files. A full disk does not end the work: what cannot be written now is tried again with the next line.
+"""
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two processes from writing to one file
+    fcntl = None
+
+from appendix.command import first_line, plain
+
+
+class Journal:
+    """rows: what is in the file to begin with, and what was added since. A context manager.
+
+    Args:
+        path: the file; None: nothing is kept.
+        kind: what the lines are about ("trace", "evaluation"); it stands in the first line.
+        header: dict of what all rows have in common. Where the file has another one, it is refused.
+        row_shape: what a row has to look like, see `matches`.
+        may_differ: keys of the header that are not compared.
+        durable: every row reaches the disk before the next one is begun, not only the operating system.
+    Raises:
+        ValueError: the file is not ours, has another header (the message names the difference), or is in use.
+    """
+
+    def __init__(self, path, kind, header, row_shape, may_differ=(), durable=False):
+        self.path, self.rows, self.durable = path, [], durable
+        self.file, self.waiting, self.complained = None, b"", False  # waiting: bytes that did not fit on the disk
+        if path is None:
+            return
+        # The file itself is locked, not one beside it, which might be somebody's; and links are not followed.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            self.file = os.open(path, flags, 0o666)
+            if not stat.S_ISREG(os.fstat(self.file).st_mode):
+                raise OSError("it is not an ordinary file")
+            if fcntl:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing to {path!r}: wait for it, or name another file") from error
+        except OSError as error:
+            why = "it is a link" if os.path.islink(path) else error.strerror or error
+            raise ValueError(f"{path!r} cannot be written ({why}): name a file in a folder that exists") from error
+        theirs, self.rows, self.whole = read(path, kind, row_shape)
+        for key in {**theirs, **header} if theirs else ():
+            if theirs.get(key) != header.get(key) and key not in may_differ:
+                raise ValueError(f"{path!r} holds work with {key} {plain(theirs.get(key))[:200]!r}, not "
+                                 f"{header.get(key)!r}: name another file")
+        os.ftruncate(self.file, self.whole)
+        if not theirs:
+            self.write({"format": f"hogwild-{kind}-2", **header})
+            if self.waiting:
+                raise ValueError(f"{path!r} cannot be written: {self.complained}")
+
+    def add(self, row):
+        """Keep a row."""
+        self.rows.append(row)
+        if self.file is not None:
+            self.write(row)
+
+    def write(self, row):
+        """Append a line, and what is waiting before it. If that fails, the file ends with its last whole line."""
+        self.waiting += (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        try:
+            done = 0
+            while done < len(self.waiting):
+                done += os.write(self.file, self.waiting[done:])
+            if self.durable:
+                os.fsync(self.file)
+            self.whole, self.waiting = self.whole + done, b""
+        except OSError as error:
+            os.ftruncate(self.file, self.whole)
+            if not self.complained:
+                self.complained = first_line(error)
+                print(f"{self.path} cannot be written at the moment ({self.complained}); the work goes on",
+                      file=sys.stderr)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *failure):
+        if self.file is not None:
+            os.close(self.file)
+            if self.waiting:
+                print(f"{self.path}: the last {self.waiting.count(10)} lines could not be written "
+                      f"({self.complained})", file=sys.stderr)
+            self.file = None
+
+
+def read(path, kind, row_shape):
+    """(header, rows, bytes that are whole) of a journal; ({}, [], 0) of an empty one.
+
+    Raises:
+        ValueError: it cannot be read, or one of its lines was not written by this program.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    whole, start = data.rfind(b"\n") + 1, f'{{"format": "hogwild-{kind}-2"'.encode()
+    if data[:len(start)] != start[:len(data)]:  # (a kill may have cut even the first line)
+        raise ValueError(f"{str(path)!r} is not a file that this program wrote ({kind}): name another one")
+    rows = []
+    for number, line in enumerate(data[:whole].splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+            if not matches(rows[-1], {"format": str} if number == 1 else row_shape):
+                raise ValueError("it lacks something, or has something else in its place")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number} of {str(path)!r} is damaged ({first_line(error)}): "
+                             "name another file") from error
+    header = {key: value for key, value in rows[0].items() if key != "format"} if rows else {}
+    return header, rows[1:], whole
+
+
+def matches(value, shape):
+    """Has a JSON value this shape?
+
+    A type means itself (a whole number is a float, too; True is no number); None means null; a tuple means any
+    of its shapes; [shape] a list of such; {str: shape} a dict with any keys; {"key": shape} at least these keys.
+    """
+    if isinstance(shape, tuple):
+        return any(matches(value, one) for one in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(matches(one, shape[0]) for one in value)
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return False
+        if str in shape:
+            return all(matches(one, shape[str]) for one in value.values())
+        return all(key in value and matches(value[key], one) for key, one in shape.items())
+    if shape is None or isinstance(value, bool):
+        return value is shape or shape is bool
+    return isinstance(value, (int, float) if shape is float else shape)
+
+
+def own_picture(path, magic):
+    """Raise ValueError unless `path` can be written and is new, or a file of this kind (it begins with `magic`)."""
+    try:
+        with open(path, "rb") as file:
+            if not file.read(len(magic)).startswith(magic) or os.path.islink(path):
+                raise ValueError(f"{path!r} exists and is something else: name another file")
+    except FileNotFoundError:
+        if not Path(path).parent.is_dir() or not os.access(Path(path).parent, os.W_OK):
+            raise ValueError(f"{path!r} cannot be written: name a file in a folder that exists") from None
+    except OSError as error:
+        raise ValueError(f"{path!r} cannot be written ({error.strerror})") from error

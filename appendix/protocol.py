@@ -1,0 +1,103 @@
+r"""Appendix: the words of the protocol (paper, sections 3.3 and 3.4, appendix C), and two rules about text.
+
+Everything that the workers are told: a prompt that explains the page they see, a few strings that stand between
+the blocks, a question for whoever may be doing redundant work, and the sentence that asks for an answer.
+"""
+import re
+
+# ----------------------------------------------------------------------- what the workers are told
+
+# Word for word from the paper.
+PAST_STEPS = "### Past steps"
+SEPARATORS = {"others": "\n\n### Work in progress (others)", "dots": " <...>",
+              "own": "\n\n### Work in progress (own)"}
+CHECK = "Quick check: am I doing redundant work? (yes/no): "
+FINISHER = ("\n\nWait, given the limited time, I have to give an answer right now. Considering all my "
+            "previous attempts, I have to conclude that the final answer is \\boxed{")
+
+# In our own words (appendix C). Above the dashes: the system message. Below: the user's.
+PROMPT = r"""# Several writers, one problem
+
+You are one of {count} assistants who solve one problem together: {names}. All of you write at the same
+time. You share a memory: whatever one of you writes, the others can read at once, word by word, while it is
+being written.
+
+How to read this page:
+- Each thought is a step, a paragraph that starts with its author's name and the number of the step:
+  **Name [step]:**
+{view}
+- The others go on writing while you write. A thought of theirs that looks cut off is simply not finished
+  yet, and the next time you look there may be more of it, or a new one.
+
+How to work together:
+- Share the work in whatever way suits the problem: take different parts, try different approaches, check
+  each other's results, discuss a plan and change it when it fails. Say who does what.
+- Read what the others are doing, unfinished thoughts included, before you choose what to do, and look again
+  every now and then. If somebody makes you a suggestion or asks you something, react to it.
+- Never do work twice. If you see that somebody has done what you are doing, or is doing it right now, stop,
+  say so (for example: "Wait, {example} is already on this, so I will ..."), and turn to something else.
+- Keep steps short, and end each with a blank line. Whoever knows the final answer puts it within \boxed{}.
+
+---
+{names}, solve this problem together, without doing any of the work twice:
+
+{problem}"""
+PAST = """\
+- Under '### Past steps' are the finished steps of all of you, in the order in which they were finished."""
+VIEWS = {  # what the page looks like depends on the layout
+    "combined": PAST + """
+- Below '### Work in progress (others)', you see the unfinished steps of the others, each up to the mark
+  <...>, where its author is writing at this moment.
+- Below '### Work in progress (own)', at the very end, is your own unfinished step, which you continue.""",
+    "interleaved": PAST + """ A step
+  of somebody else appears there as a whole, once it is finished.
+- At the very end is your own unfinished step, which you continue.""",
+    "contiguous": """- First comes everything that the others have written so far, one after the other.
+- At the very end is everything that you have written so far, which you continue."""}
+SOLO = "{problem}\n\nReason step by step, and put your final answer within \\boxed{}."
+
+
+def header(name, step):
+    """How step number `step` (from 1) of worker `name` begins."""
+    return f"**{name} [{step}]:** "
+
+
+# ----------------------------------------------------------------------------- two rules about text
+
+SENTENCE_END = re.compile(r"""[.?!…。？！]["'”’»)\]}*_`$]*[ \t]*\n[ \t]*\n\s*$""")
+
+
+def fence_open(text):
+    """Does the text end inside a block of code?"""
+    return text.count("```") % 2 == 1
+
+
+def step_ended(text):
+    """A blank line right after the end of a sentence, and no code fence open (appendix C).
+
+    The end may be dressed: `.)`, `.**`, `.$`. The text decides, not the token: some models write a blank line as
+    one token, others as two. The text of a step leaves out its header, and whatever ended the step before.
+    """
+    return bool(SENTENCE_END.search(text[-80:])) and not fence_open(text)
+
+
+def inside_braces(text):
+    r"""What stands before the brace that closes this text, or None. Braces nest; \{ and \} are not braces."""
+    depth = 1
+    for match in re.finditer(r"\\?[{}]", text):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return text[:match.start()].strip()
+    return None
+
+
+def boxes(text):
+    r"""The contents of all complete \boxed{...} in a text, in order; empty ones are none."""
+    found = (inside_braces(text[match.end():]) for match in re.finditer(r"\\boxed\s*\{", text))
+    return [content for content in found if content]
+
+
+def find_boxed(text, given=()):
+    r"""The content of the last complete \boxed{...} that is not one of `given`, or None. (Spaces do not count.)"""
+    known = {re.sub(r"\s", "", content) for content in given}
+    return next((box for box in reversed(boxes(text)) if re.sub(r"\s", "", box) not in known), None)

@@ -1,0 +1,216 @@
+r"""Appendix: the live display of a run, made from the records of its passes alone.
+
+On a terminal: the problem and the finished steps above, a column per worker below, a line of figures at the
+bottom. Elsewhere: a line per finished step. Run directly, it shows a trace again, at the pace at which it went:
+
+    python appendix/screen.py trace.jsonl               needs no model
+    python appendix/screen.py trace.jsonl --svg FILE    writes the last picture as an SVG instead
+"""
+import os
+import signal
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from appendix import command, journal  # noqa: E402
+from appendix.protocol import CHECK, SEPARATORS  # noqa: E402
+
+START = {"prompt": str, "opening": {str: str}, "moves": bool, "context": int, "weights": str}
+PASS = {"fed": {str: [int]}, "sampled": {str: int}, "text": {str: str}, "events": [[str]], "in_view": int,
+        "seconds": float, "closed": [{"worker": str, "step": int, "text": str, "opened": str}]}
+END = {"ending": str, "answer": str}
+ROW = START, PASS, END  # what a trace consists of: how the run began, its passes, how it ended
+
+COLOURS = ["cyan", "magenta", "green", "yellow", "bright_blue", "bright_red", "bright_green", "bright_magenta"]
+ENDINGS = {"answer": "a worker wrote it", "passes": "asked when the passes were used up",
+           "end of text": "all have finished", "context": "asked when the model's context was used up",
+           "room": "asked when the memory that was reserved was used up"}
+
+
+@dataclass
+class Options:
+    """What is shown and kept."""
+
+    save: str | None = command.option(None, "keep the run in this file; the same command goes on where it stopped")
+    plain: bool = command.option(False, "plain lines instead of the live display")
+
+
+class Screen:
+    """Shows a run. A context manager.
+
+    Args:
+        problem: its text; start: the first row of a trace (START); live: draw on the terminal all the time.
+    """
+
+    def __init__(self, problem, start, live, console):
+        self.problem, self.start, self.console = command.plain(problem.strip()), start, console
+        self.history, self.current = [], dict(start["opening"])  # (name, text) of finished steps; name -> text
+        self.names = list(start["opening"])  # in the order in which they came: a colour each
+        self.passes, self.tokens, self.seconds, self.view = 0, 0, 0.0, 0
+        self.recent = deque(maxlen=50)  # (tokens, seconds) of the last passes
+        self.live = Live(console=console, auto_refresh=False, transient=True) if live else None
+        self.next_refresh = 0.0
+
+    def __enter__(self):
+        if self.live:
+            self.live.__enter__()
+        return self
+
+    def __exit__(self, *failure):
+        if self.live:
+            self.live.__exit__(*failure)
+
+    def show(self, record):
+        """Take in the record of one pass."""
+        for what, name, *words in record["events"]:
+            if what == "say":
+                self.finish_step(name, f"{name}: {words[0]}")
+            elif what == "dismiss":
+                self.finish_step(name, self.current.pop(name, ""))
+        for name, text in record["text"].items():
+            self.current[name] = self.current.get(name, "") + text
+        for closed in record["closed"]:
+            name, moves = closed["worker"], self.start["moves"]
+            if moves:
+                self.finish_step(name, closed["text"])
+            self.current[name] = self.current[name] * (not moves) + closed["opened"]
+        self.passes, self.tokens = self.passes + 1, self.tokens + len(record["sampled"])
+        self.recent.append((len(record["sampled"]), record["seconds"]))
+        self.seconds, self.view = self.seconds + record["seconds"], record["in_view"]
+        now = time.perf_counter()
+        if self.live and now >= self.next_refresh:
+            self.live.update(self.frame(), refresh=True)
+            # Drawing takes at most a fortieth of the time.
+            self.next_refresh = now + max(0.1, 40 * (time.perf_counter() - now))
+
+    def finish_step(self, name, text):
+        """A step joins the history; where nothing is drawn, it is printed."""
+        self.history.append((name, text))
+        if not self.live:
+            self.console.print(self.styled(name, text.strip()), soft_wrap=True)
+
+    def styled(self, name, text):
+        """Text in its writer's colour, with headers and inserted checks marked."""
+        if name not in self.names:
+            self.names.append(name)
+        styled = Text(command.plain(text), style=COLOURS[self.names.index(name) % len(COLOURS)])
+        styled.highlight_words([CHECK.strip()], "black on yellow")
+        styled.highlight_regex(r"\*\*[^*\n]+ \[\d+\]:\*\*", "bold")
+        return styled
+
+    def figures(self):
+        """The line of figures."""
+        tokens, seconds = (sum(column) for column in zip(*self.recent or [(0, 1)]))
+        return (f"pass {self.passes} · {self.tokens} tokens, {self.tokens / max(self.passes, 1):.1f} per pass · "
+                f"{tokens / max(seconds, 1e-9):.1f} tokens/s · "
+                f"{self.view:,} of {self.start['context']:,} tokens of context in view")
+
+    def last_lines(self, text, columns, lines):
+        """The end of a text, as much of it as fits."""
+        return Text("\n").join(text.wrap(self.console, max(1, columns))[-max(1, lines):])
+
+    def frame(self):
+        """What the terminal shows now."""
+        width, height = self.console.size
+        problem = Text(self.problem, style="bold", no_wrap=False)
+        problem = Text("\n").join(problem.wrap(self.console, width - 4)[:max(1, height // 8)])
+        rows = max(5, (height - len(problem.split()) - 8) // (2 if self.start["moves"] else 1))
+        grid, inner = Table.grid(expand=True), width // max(1, len(self.current)) - 4
+        if inner >= 12:
+            for _ in self.current:
+                grid.add_column(ratio=1)
+            grid.add_row(*(Panel(self.last_lines(self.styled(name, text.strip()), inner, rows - 2), title=name,
+                                 height=rows, border_style=self.styled(name, "").style)
+                           for name, text in self.current.items()))
+        else:  # too many workers for columns: a line each, the end of what they write
+            rows = len(self.current)
+            for name, text in self.current.items():
+                tail = " ".join(text.split())[-max(1, width - len(name) - 3):]
+                grid.add_row(Text.assemble((f"{name}: ", "bold"), self.styled(name, tail), no_wrap=True))
+        parts = [Panel(problem, title="problem", border_style="white"), grid, Text(self.figures(), style="dim")]
+        if self.start["moves"]:
+            past = Text("\n\n").join(self.styled(name, text.strip()) for name, text in self.history[-40:])
+            room = max(3, height - rows - len(problem.split()) - 5)
+            parts.insert(1, Panel(self.last_lines(past, width - 4, room - 2), title="past steps", height=room,
+                                  border_style="white"))
+        return Group(*parts)
+
+    def finish(self, ending, answer):
+        """Print what has not been printed yet, the answer, and a line of figures."""
+        if self.live:
+            self.console.print(Text(self.problem, style="bold"), soft_wrap=True)
+            for name, text in self.history:
+                self.console.print(self.styled(name, text.strip()), soft_wrap=True)
+        for name, text in self.current.items():
+            label = "" if self.start["moves"] else f"{name}: "
+            self.console.print(Text.assemble((label, "bold"), self.styled(name, text.strip()),
+                                             (SEPARATORS["dots"], "dim")), soft_wrap=True)
+        answer = command.plain(answer) or "(none)"
+        self.console.print(Text.assemble("\nAnswer: ", (answer, "bold"), f"   ({ENDINGS.get(ending, ending)})"))
+        self.console.print(f"{self.passes} passes, {self.tokens} tokens: "
+                           f"{self.tokens / max(self.passes, 1):.2f} tokens per pass, "
+                           f"{self.tokens / max(self.seconds, 1e-9):.1f} tokens/s", highlight=False)
+
+
+class Stopping:
+    """While in this context, SIGTERM only sets a flag: `if stopping.asked: ...`, between two passes."""
+
+    asked = False
+
+    def __enter__(self):
+        def remember(*_):
+            self.asked = True
+        self.before = signal.signal(signal.SIGTERM, remember)
+        return self
+
+    def __exit__(self, *failure):
+        signal.signal(signal.SIGTERM, self.before)
+
+
+@dataclass
+class Arguments:
+    """Of the direct run."""
+
+    svg: str | None = command.option(None, "write the last picture as an SVG to this file, instead of playing")
+    plain: bool = command.option(False, "plain lines instead of the live display")
+
+
+def main(argv=None):
+    """Show a trace again."""
+    parser = command.Parser(Arguments, description=__doc__.split("\n")[0])
+    parser.add_argument("trace", help="a file that 06_generate.py --save wrote")
+    show, rest = parser.read(argv)
+    command.distinct(trace=rest.trace, svg=show.svg)
+    header, rows, _ = journal.read(rest.trace, "trace", ROW)
+    if not rows or "opening" not in rows[0] or not isinstance(header.get("problem"), str):
+        raise ValueError(f"{rest.trace!r} holds no run yet")
+    console = Console(highlight=False)
+    live = console.is_terminal and not show.plain and not show.svg
+    quiet = Console(file=open(os.devnull, "w"), record=True, width=120, height=40, force_terminal=True)
+    with Screen(header["problem"], rows[0], live, quiet if show.svg else console) as display:
+        for record in (row for row in rows if "fed" in row):
+            display.show(record)
+            if live:
+                time.sleep(record["seconds"])
+    if show.svg:
+        journal.own_picture(show.svg, b"<svg")
+        quiet.clear()
+        quiet.print(display.frame())
+        quiet.save_svg(show.svg, title="Hogwild! Inference")
+        return 0
+    end = next((row for row in reversed(rows) if "ending" in row), {"ending": "not finished", "answer": ""})
+    display.finish(end["ending"], end["answer"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.one_sentence(main))
