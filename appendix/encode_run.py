@@ -1,0 +1,176 @@
+r"""Appendix: a finished collaboration in one forward pass: what each token saw, how to train on it.
+
+Live, a run takes a forward pass for each token of a worker. recording.py puts all passes into one row
+of tokens and two tables (chapter 3), and chapter 4's attention encodes that at once: the same logits,
+with gradients where wanted. A batch of runs is a longer row, with more rows of blocks. The tables take
+memory for tokens x rows. Scores would take tokens x tokens, so queries attend in pieces, and the scores
+of a piece are computed again when its gradient is due. Train in plain PyTorch:
+
+    ropes = query_rotation.attach(model)
+    model.train().requires_grad_()
+    recording.loss(model, ropes, [recording.Recording.of(run)]).backward()
+
+Or with transformers' Trainer, one GPU per process: data_collator=lambda runs: {"recordings": runs}, the
+argument remove_unused_columns=False, and in a subclass a `compute_loss` that returns the loss of
+inputs["recordings"]. The model's own gradient checkpointing has to stay off (it takes the cache away),
+and attention dropout is not applied.                        Run it: python appendix/encode_run.py
+"""
+import sys
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from appendix import command, models, recording  # noqa: E402
+
+layouts = import_module("03_layouts")
+query_rotation = import_module("04_query_rotation")
+generate = import_module("06_generate")
+
+UNSEEN = -1  # in place of a distance
+
+
+def unfold(recorded):
+    """Per row, distances [N, its length] from token to key as the token saw them, or UNSEEN.
+
+    So `>= 0` is the mask of appendix B (4D there: for a batch and for all heads), and the numbers are
+    its position differences. The dots of the combined layout stand here once for each of their rows.
+    """
+    tables, parts = recorded.tables, []
+    for offset, visible, length in zip(tables.offset, tables.visible, recorded.lengths):
+        j = torch.arange(length)
+        distance = (tables.position + offset)[:, None] - j  # [N, length]
+        parts.append(distance.masked_fill(j >= visible[:, None], UNSEEN))
+    return parts
+
+
+def tokens_fed(sizes, opening):
+    """For steps of these sizes, over and over: (tokens fed in a pass, does that complete the step)."""
+    while True:
+        for size in sizes:
+            yield min(opening, size), size <= opening
+            yield from ((1, left == 0) for left in reversed(range(size - opening)))
+
+
+def rehearse(name, lengths, passes, opening=3, prompt=8):
+    """A Recording of a run that no model has made, in the layout of that name.
+
+    lengths: per worker, the tokens of its steps, over and over, `opening` (fed at once) included.
+    """
+    layout, ledger = layouts.LAYOUTS[name], recording.Ledger(ropes=[])
+    history = ledger.block(2**20)
+    words = {word: ledger.block(1) for word in layout.separators(len(lengths))}
+    own = [ledger.block(2**20) for _ in lengths]
+    views = [layout.view(history, block, [b for b in own if b is not block], words) for block in own]
+    layouts.number_rows([sum(ledger.parts.values(), [])], ledger.rows)  # as they are fed
+    for i in range(1 + len(words)):
+        ids = [i] * (1 if i else prompt)
+        generate.feed(None, ledger, [[(ledger.blocks[:i + 1], ids)]], ledger.forward)
+    workers = [tokens_fed(sizes, opening) for sizes in lengths]
+    for fed in zip(*workers, range(passes)):
+        writers = [(view, [4] * count) for view, (count, _) in zip(views, fed)]
+        generate.feed(None, ledger, [writers], ledger.forward)
+        ledger.label([5] * len(own))
+        for block, (_, ends) in zip(own, fed):
+            if ends and layout.moves:
+                ledger.move(block, history)
+    return ledger.recording()
+
+
+SHADES = "█▓▒░"  # 0-7, 8-15, 16-23, and more tokens away
+COLOURS = {"p": "white", "|": "yellow", "A": "cyan", "B": "magenta"}
+
+
+def draw(console, recorded, names):
+    """A line per token, in the order in which they were fed; a column per key. `names`: of the rows."""
+    title = " ".join(name[:length].ljust(length) for name, length in zip(names, recorded.lengths))
+    console.print(f"{'':10}{title}", style="bold")
+    for own, *line in zip(recorded.own.tolist(), *unfold(recorded)):
+        text = Text(f"{names[own]:9}")
+        for name, distances in zip(names, line):
+            text.append(" ")
+            for away in distances.tolist():
+                shade = SHADES[min(away // 8, 3)], COLOURS[name[0]]
+                text.append(*("·", "dim") if away == UNSEEN else shade)
+        console.print(text)
+
+
+def encode_real_model(console):
+    """A run of the bundled model against the same run in one pass. Returns the largest error."""
+    model, tokenizer = models.load()
+    settings = generate.Settings(max_passes=80, seed=1, check_every=64,
+                                 prompt="{names} add up, step by step.\n\n{problem}")
+    start = partial(generate.Hogwild, model, tokenizer, generate.PROBLEM, settings)
+    run, live = start(), []  # live: per pass [workers, vocabulary]
+    forward = run.forward
+    run.forward = lambda *arguments: live.append(forward(*arguments)) or live[-1]
+    while run.ending is None:
+        run.advance()
+    recorded = recording.Recording.of(run)
+    with torch.no_grad():
+        again, _ = recording.encode(model, run.cache.ropes, [recorded])  # [passes x workers, vocabulary]
+    error = (again - torch.cat(live)).abs().max().item()
+    console.print(f"{models.BUNDLED}, {len(recorded.ids)} tokens: one pass against {len(live)} passes\n"
+                  f"  largest difference of a logit {error:.0e} (they reach {again.abs().max():.0f})")
+    assert error < 1e-3 and any(record["closed"] for record in run.passes)
+    assert recording.restored(start(), run.passes).answer() == run.answer()
+    return error
+
+
+def saved_bytes(function):
+    """How many bytes autograd keeps for the gradient of function()."""
+    sizes = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        function()
+    return sum(sizes.values())
+
+
+def measure_memory(console):
+    """What is kept for the gradient, as runs grow."""
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4)
+    model, kept = AutoModelForCausalLM.from_config(config), []
+    loss = partial(recording.loss, model, query_rotation.attach(model))
+    console.print("\nkept for the gradient, MiB, 2 workers:\n  tokens  frugal  with the scores")
+    for passes in (250, 500, 1000):
+        example = rehearse("combined", [[70], [110]], passes)
+        kept.append([saved_bytes(partial(loss, [example], frugal=f)) / 2**20 for f in (True, False)])
+        console.print("  {:6} {:7.1f} {:16.1f}".format(len(example.ids), *kept[-1]))
+    console.print("-> in proportion to the tokens; with the scores, nearly to their square\n")
+    assert 0 < kept[-1][0] < 5 * kept[0][0]
+
+
+def main():
+    """Show the tables, check them on the real model, measure the memory."""
+    console = Console(highlight=False, soft_wrap=True)
+    torch.set_num_threads(1)
+    console.print("What each token saw, and how far away. Combined layout, steps of 6 to 10 tokens.\n"
+                  "█ 0-7 tokens away, ▓ 8-15, ▒ 16-23, ░ further, · not visible.\n")
+    names = ["prompt", "| others", "| <...>", "| own", "Alice 1", "Bob 1", "Alice 2", "Bob 2"]
+    draw(console, rehearse("combined", [[7, 9], [10, 6]], 11), names)
+    console.print("""\
+-> A step opens with three tokens at once, and the other worker sees them in the same pass.
+-> While Alice writes her first step, Bob sees it near by, in progress. Then it moves to the history:
+   from one line of Bob 1 to the next it is further away. Its keys are the same ones.\n""")
+    error = encode_real_model(console)
+    measure_memory(console)
+    console.print(f"[OK] one pass gives the logits of many (to {error:.0e}); restored runs answer alike")
+
+
+# Exercises
+# 1. Let the Ledger keep one part per block, so that the history is one row. Which tokens go wrong?
+# 2. Train SmolLM2 on a run that you like (learning rate 1e-5, ten steps). How does the next one begin?
+# 3. frugal_attention computes pieces twice. What would it take to keep the sums of the softmax instead?
+
+if __name__ == "__main__":
+    sys.exit(command.one_sentence(main))
