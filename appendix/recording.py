@@ -30,6 +30,7 @@ shared_cache = import_module("02_shared_cache")
 layouts = import_module("03_layouts")
 query_rotation = import_module("04_query_rotation")
 
+EVENTS = {"say": 3, "add": 2, "dismiss": 2}  # what happens between two passes; how many words tell of it
 IGNORE = -100  # in `sampled`: no token was picked from these logits (the label that PyTorch's losses ignore)
 
 
@@ -58,7 +59,8 @@ class Ledger(shared_cache.SharedCache):
 
     def __init__(self, ropes):
         super().__init__(ropes)
-        self.parts, self.rows, self.columns = {}, {}, []  # rows: as fill_tables numbers them; a column per pass
+        self.parts, self.rows = {}, {}  # rows: as fill_tables numbers them
+        self.columns, self.last = [], []  # per pass: its tables, and where its logits belong among all tokens
         self.ids, self.sampled, self.own, self.prefill = [], [], [], None
 
     def block(self, capacity):
@@ -86,16 +88,16 @@ class Ledger(shared_cache.SharedCache):
             view[-1].length += count
             self.own += [view[-1]] * count
         self.columns.append(layouts.fill_tables(writers, self.rows))
-        self.last = len(self.ids) + torch.as_tensor(last)  # [writers] where the logits of this pass belong
+        self.last.append([len(self.ids) + int(i) for i in last])
         self.ids += ids
         self.sampled += [IGNORE] * len(ids)
         return torch.zeros(len(last), 1)
 
-    def label(self, tokens):
-        """These were picked from the logits of the pass that was noted last."""
+    def label(self, tokens, number=-1):
+        """These were picked from the logits of the pass of that number (the one that was noted last)."""
         if self.prefill is None:
-            self.prefill = len(self.ids) - len(self.columns[-1].position)
-        for place, token in zip(self.last.tolist(), tokens):
+            self.prefill = sum(len(column.position) for column in self.columns[:number])
+        for place, token in zip(self.last[number], tokens):
             self.sampled[place] = token
 
     def recording(self):
@@ -144,17 +146,18 @@ def repeated(run, passes):
     ledger, size = Ledger(run.cache.ropes), run.model.get_output_embeddings().weight.shape[0]
     twin = type(run)(run.model, run.tokenizer, run.problem, run.settings, ledger.forward, ledger)
     for number, past in enumerate(passes, start=1):
-        for what, *words in past["events"]:
-            if what not in ("say", "add", "dismiss"):
-                raise ValueError(f"pass {number} of the trace knows an event {what!r}, which this program does not")
-            getattr(twin, what)(*words)
-        fed = {w.name: w.pending for w in twin.next_writers()}
-        tokens = [past["sampled"].get(name, -1) for name in fed]
-        if twin.ending or fed != past["fed"] or not all(0 <= t < size for t in tokens):
+        for event in past["events"]:
+            if len(event) != EVENTS.get("".join(event[:1])):
+                raise ValueError(f"pass {number} of the trace has an event that this program does not know")
+            getattr(twin, event[0])(*event[1:])
+        tokens = [past["sampled"].get(w.name, -1) for w in twin.next_writers()]
+        column = len(ledger.columns)
+        if not twin.ending and all(0 <= token < size for token in tokens):
+            twin.advance(tokens)["seconds"] = past["seconds"]
+            ledger.label(tokens, column)
+        if twin.passes[number - 1:] != [past]:
             raise ValueError(f"pass {number} of the trace does not follow from those before it: it was made by "
                              "another model, or with other settings")
-        twin.advance(tokens)["seconds"] = past["seconds"]
-        ledger.label(tokens)
     return twin, ledger
 
 
