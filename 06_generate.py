@@ -20,7 +20,6 @@ fed together with the token that ended the step, so passes are ragged; chapter 3
 Left out: loading models, the display, files (appendix).    Run it: python 06_generate.py, or with --help
 """
 import random
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -31,19 +30,16 @@ import torch
 
 from appendix import command, journal, models, screen
 from appendix.command import option
-from appendix.protocol import (CHECK, FINISHER, PAST_STEPS, PROMPT, SEPARATORS, SOLO, VIEWS, boxes, fence_open,
-                               find_boxed, header, inside_braces, step_ended)
+from appendix.protocol import (CHECK, FINISHER, NAMES, PAST_STEPS, SEPARATORS, boxes, check_name, fence_open,
+                               find_boxed, header, inside_braces, prompt, step_ended)
 
 shared_cache = import_module("02_shared_cache")
 layouts = import_module("03_layouts")
 query_rotation = import_module("04_query_rotation")
 
-NAMES = ("Alice Bob Carol Dave Erin Frank Grace Heidi "
-         "Ivan Judy Mallory Niaj Olivia Peggy Rupert Sybil").split()
 PROBLEM = """Tom has 3 red apples and 5 green apples. Ann has 4 red apples and 2 green apples. How many apples
 of each colour are there, and how many altogether?"""
 
-# ------------------------------------------------------------------------------------------ settings
 
 @dataclass
 class Settings:
@@ -61,7 +57,7 @@ class Settings:
     top_p: float | None = option(None, "default: the model's own, or 0.95")
     top_k: int | None = option(None, "default: the model's own, or 50; 0: no limit")
     context: int | None = option(None, "tokens that may be in view (default: what the model's config says)")
-    prompt: str | None = option(None, "a file with another prompt: a text with {problem} in it")
+    prompt: str | None = option(None, "another prompt: a text with {problem} in it (on the command line: its file)")
     forbid: list[str] = option(["</think>", "##", " ##", "###", " ###", "####", " ####"],
                                "tokens that workers may not write, besides special ones; '': none")
     forbid_special: bool = option(True, "workers may not end their text, or change roles")
@@ -69,33 +65,18 @@ class Settings:
     def __post_init__(self):
         """Raise ValueError, one sentence, if a setting makes no sense."""
         if len(self.workers) == 1 and self.workers[0].isdigit():  # how many of them, not who
-            self.workers = NAMES[:int(self.workers[0])] if int(self.workers[0]) <= len(NAMES) else []
-        if not 1 <= len(self.workers) <= len(NAMES):
-            raise ValueError(f"the number of workers has to be 1 to {len(NAMES)}")
-        for i, name in enumerate(self.workers):
-            check_name(name, self.workers[:i])
-        least = {"max_passes": 1, "check_every": 0, "answer_tokens": 1, "max_step": 16, "seed": 0, "top_k": 0,
-                 "context": 1}
-        least = {name: low for name, low in least.items() if getattr(self, name) is not None}
-        rules = [("layout", self.layout in layouts.LAYOUTS, f"one of {', '.join(layouts.LAYOUTS)}"),
+            self.workers = (NAMES[:int(self.workers[0])] if int(self.workers[0]) <= len(NAMES) else [])
+        rules = [("workers", 1 <= len(self.workers) <= len(NAMES), f"1 to {len(NAMES)} of them"),
+                 ("layout", self.layout in layouts.LAYOUTS, f"one of {', '.join(layouts.LAYOUTS)}"),
                  ("temperature", self.temperature is None or 0 < self.temperature < 1e9, "above 0, or --greedy"),
-                 ("top-p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-                 ("prompt", self.prompt is None or "{problem}" in self.prompt, "a text with {problem} in it"),
-                 *((name, low <= getattr(self, name) < 2**31, f"at least {low}, and below 2^31")
-                   for name, low in least.items())]
+                 ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+                 ("prompt", self.prompt is None or "{problem}" in self.prompt, "a text with {problem} in it")]
         for name, holds, wanted in rules:
             if not holds:
-                value = getattr(self, name.replace("-", "_"))
-                raise ValueError(f"{name} cannot be {value!r}; it has to be {wanted}")
-
-
-def check_name(name, others):
-    """Raise ValueError unless somebody can be called `name`."""
-    if not re.fullmatch(r"[^\s*\[\]{}<>|\x00-\x1f\x7f-\x9f]{1,24}", name):
-        raise ValueError(f"{name!r} is no name for a worker: up to 24 characters, no spaces or brackets "
-                         "(and a problem stands before the names)")
-    if name in others:
-        raise ValueError(f"two workers are called {name!r}; each needs a name of its own")
+                raise ValueError(f"{name} cannot be {getattr(self, name)!r}; it has to be {wanted}")
+        command.at_least(self, max_passes=1, check_every=0, answer_tokens=1, max_step=16, seed=0, top_k=0, context=1)
+        for i, name in enumerate(self.workers):
+            check_name(name, self.workers[:i])
 
 
 def best_forward(device, attention="auto"):
@@ -116,19 +97,6 @@ def best_forward(device, attention="auto"):
         print(f"attention runs through PyTorch, without the Triton kernel: {command.first_line(error)}",
               file=sys.stderr)
         return query_rotation.forward
-
-
-def prompt_text(tokenizer, problem, settings):
-    """Everything that stands before the workers' own words."""
-    names, layout = settings.workers, settings.layout
-    template = settings.prompt or (SOLO if layout == "independent" else PROMPT)
-    rules, _, task = (part.strip() for part in template.rpartition("\n---\n"))
-    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-    fill = {"names": listed, "count": str(len(names)), "example": names[0], "view": VIEWS.get(layout, ""),
-            "problem": problem}  # the problem last: its braces are its own business
-    for key, value in fill.items():
-        rules, task = (text.replace("{" + key + "}", value) for text in (rules, task))
-    return models.chat(tokenizer, rules, task) + PAST_STEPS * layouts.LAYOUTS[layout].moves
 
 
 def feed(model, cache, groups, forward=query_rotation.forward):
@@ -200,7 +168,9 @@ class Hogwild:
         self.layout = layouts.LAYOUTS[self.settings.layout]
         ropes = query_rotation.attach(model)
         self.cache = shared_cache.SharedCache(ropes) if cache is None else cache
-        self.prompt, self.finisher = prompt_text(tokenizer, self.problem, self.settings), self.encode(FINISHER)
+        told = prompt(self.problem, self.settings.workers, self.settings.layout, self.settings.prompt)
+        self.prompt = models.chat(tokenizer, *told) + PAST_STEPS * self.layout.moves
+        self.finisher = self.encode(FINISHER)
         self.given = boxes(self.prompt)  # whoever repeats one of these has not answered
         self.context = self.settings.context or models.context(model)
         self.ends = models.end_ids(model, tokenizer)
@@ -387,42 +357,6 @@ class Hogwild:
         self.ids[self.history] += self.ids[w.block]
         self.ids[w.block] = []
 
-    # -- who comes, goes, or says something, between two passes --------------------------------------
-
-    def say(self, name, text):
-        """Somebody from outside joins in: the next pass reads these words, as a finished step of the history.
-
-        Raises ValueError if a worker has that name, or if there is no room for so many words.
-        """
-        check_name(name, [w.name for w in self.workers])
-        number = 1 + sum(event[:2] == ["say", name] for event in
-                         [*self.events, *(event for record in self.passes for event in record["events"])])
-        before, self.said = self.said, self.said + self.encode(f"\n\n{header(name, number)}{text.strip()}")
-        if self.ending in ("context", "room"):
-            self.said = before
-            raise ValueError(f"what {name!r} says does not fit into the memory that is left")
-        self.events.append(["say", name, text])
-
-    def add(self, name):
-        """A new worker, who writes from the next pass on."""
-        check_name(name, [w.name for w in self.workers])
-        self.enlist(name, self.encode("\n\n" + header(name, 1)) if self.layout.headers else self.openings()[1][0])
-        self.encode_words()
-        self.events.append(["add", name])
-
-    def dismiss(self, name):
-        """A worker leaves; where finished steps move, its unfinished one stays as the history's last step.
-
-        Raises ValueError if there is no such worker, or no other.
-        """
-        w = next((w for w in self.workers if w.name == name), None)
-        if w is None or len(self.workers) == 1:
-            raise ValueError(f"{name!r} cannot leave: there must be a worker of that name, and another one")
-        if self.layout.moves:
-            self.to_history(w)
-        self.workers.remove(w)
-        self.events.append(["dismiss", name])
-
     # -- the end ------------------------------------------------------------------------------------
 
     @property
@@ -492,7 +426,7 @@ def main(argv=None):
     with journal.Journal(show.save, "trace", about, screen.ROW, may_differ=["max_passes"]) as trace:
         model, tokenizer = models.prepared(options)
         run = Hogwild(model, tokenizer, problem, settings, best_forward(model.device, options.attention))
-        run = begin(run, trace)
+        run = import_module("appendix.recording").resumed(run, trace)
         console = screen.Console(highlight=False)
         live = console.is_terminal and not show.plain
         with screen.Screen(problem, trace.rows[0], live, console) as display, screen.Stopping() as stopping:
@@ -511,18 +445,6 @@ def main(argv=None):
     console.print(f"[OK] {len(run.passes)} passes, {len(run.workers)} workers, one cache: {held} tokens in "
                   f"{len(run.cache.blocks)} blocks, {fed} of them written by the workers", markup=False)
     return 0
-
-
-def begin(run, trace):
-    """Note how the run begins, or bring it to where the trace was stopped. Returns the run."""
-    start = {"prompt": run.prompt, "opening": {w.name: w.text for w in run.workers}, "moves": run.layout.moves,
-             "context": run.context, "weights": models.fingerprint(run.model)}
-    if not trace.rows:
-        trace.add(start)
-    elif trace.rows[0] != start:
-        raise ValueError(f"{trace.path!r} began with another prompt, or other weights: name another file")
-    passes = [row for row in trace.rows if "fed" in row]
-    return import_module("appendix.recording").restored(run, passes) if passes else run
 
 
 # Exercises

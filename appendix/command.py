@@ -47,6 +47,14 @@ class Parser(HfArgumentParser):
         return self.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
 
+def at_least(settings, **least):
+    """Raise ValueError unless these whole numbers among the settings are as large, and below 2^31."""
+    for name, low in least.items():
+        value = getattr(settings, name)
+        if value is not None and not low <= value < 2**31:
+            raise ValueError(f"{name} is {value}; it has to be at least {low}, and below 2^31")
+
+
 def distinct(**files):
     """Raise ValueError if two options name one file. Options that are None name none."""
     seen = {}

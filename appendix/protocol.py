@@ -1,7 +1,7 @@
 r"""Appendix: the words of the protocol (paper, sections 3.3 and 3.4, appendix C), and two rules about text.
 
-Everything that the workers are told: a prompt that explains the page they see, a few strings that stand between
-the blocks, a question for whoever may be doing redundant work, and the sentence that asks for an answer.
+Everything that the workers are told: a prompt that explains the page they see, a few strings that stand
+between the blocks, a question for whoever may be doing redundant work, and a sentence that asks for an answer.
 """
 import re
 
@@ -19,8 +19,8 @@ FINISHER = ("\n\nWait, given the limited time, I have to give an answer right no
 PROMPT = r"""# Several writers, one problem
 
 You are one of {count} assistants who solve one problem together: {names}. All of you write at the same
-time. You share a memory: whatever one of you writes, the others can read at once, word by word, while it is
-being written.
+time. You share a memory: whatever one of you writes, the others can read at once, word by word, while it
+is being written.
 
 How to read this page:
 - Each thought is a step, a paragraph that starts with its author's name and the number of the step:
@@ -32,11 +32,12 @@ How to read this page:
 How to work together:
 - Share the work in whatever way suits the problem: take different parts, try different approaches, check
   each other's results, discuss a plan and change it when it fails. Say who does what.
-- Read what the others are doing, unfinished thoughts included, before you choose what to do, and look again
-  every now and then. If somebody makes you a suggestion or asks you something, react to it.
-- Never do work twice. If you see that somebody has done what you are doing, or is doing it right now, stop,
-  say so (for example: "Wait, {example} is already on this, so I will ..."), and turn to something else.
-- Keep steps short, and end each with a blank line. Whoever knows the final answer puts it within \boxed{}.
+- Read what the others are doing, unfinished thoughts included, before you choose what to do, and look
+  again every now and then. If somebody makes you a suggestion or asks you something, react to it.
+- Never do work twice. If you see that somebody has done what you are doing, or is doing it right now,
+  stop, say so (for example: "Wait, {example} is already on this, so I will ..."), and turn to something else.
+- Keep steps short, and end each with a blank line. Whoever knows the final answer puts it within
+  \boxed{}.
 
 ---
 {names}, solve this problem together, without doing any of the work twice:
@@ -54,12 +55,39 @@ VIEWS = {  # what the page looks like depends on the layout
 - At the very end is your own unfinished step, which you continue.""",
     "contiguous": """- First comes everything that the others have written so far, one after the other.
 - At the very end is everything that you have written so far, which you continue."""}
+NAMES = ("Alice Bob Carol Dave Erin Frank Grace Heidi "
+         "Ivan Judy Mallory Niaj Olivia Peggy Rupert Sybil").split()
 SOLO = "{problem}\n\nReason step by step, and put your final answer within \\boxed{}."
 
 
 def header(name, step):
     """How step number `step` (from 1) of worker `name` begins."""
     return f"**{name} [{step}]:** "
+
+
+def check_name(name, others):
+    """Raise ValueError unless a worker can be called `name`, beside `others`."""
+    if not re.fullmatch(r"[^\s*\[\]{}<>|\x00-\x1f\x7f-\x9f]{1,24}", name):
+        raise ValueError(f"{name!r} is not a name for a worker: up to 24 characters, no spaces or brackets "
+                         "(and a problem stands before the names)")
+    if name in others:
+        raise ValueError(f"two workers are called {name!r}; each needs a name of its own")
+
+
+def prompt(problem, names, layout, template=None):
+    """What the workers are told: (system message, user's message). `layout`: the name of one of chapter 3's.
+
+    template: another prompt than ours, a text with {problem} in it; what stands above a line `---` is the
+    system message. {names}, {count}, {example} (somebody's name) and {view} are filled in, too.
+    """
+    template = template or (SOLO if layout == "independent" else PROMPT)
+    rules, _, task = (part.strip() for part in template.rpartition("\n---\n"))
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    fill = {"names": listed, "count": str(len(names)), "example": names[0], "view": VIEWS.get(layout, ""),
+            "problem": problem}  # the problem last: its braces are its own business
+    for key, value in fill.items():
+        rules, task = (text.replace("{" + key + "}", value) for text in (rules, task))
+    return rules, task
 
 
 # ----------------------------------------------------------------------------- two rules about text
@@ -75,14 +103,14 @@ def fence_open(text):
 def step_ended(text):
     """A blank line right after the end of a sentence, and no code fence open (appendix C).
 
-    The end may be dressed: `.)`, `.**`, `.$`. The text decides, not the token: some models write a blank line as
-    one token, others as two. The text of a step leaves out its header, and whatever ended the step before.
+    The end may be dressed: `.)`, `.**`, `.$`. The text decides, not the token: some models write a blank
+    line as one token, others as two. `text` is what a worker wrote in this step, without the header.
     """
     return bool(SENTENCE_END.search(text[-80:])) and not fence_open(text)
 
 
 def inside_braces(text):
-    r"""What stands before the brace that closes this text, or None. Braces nest; \{ and \} are not braces."""
+    r"""What stands before the brace that closes this text, or None. Braces nest; \{ and \} are none."""
     depth = 1
     for match in re.finditer(r"\\?[{}]", text):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
@@ -98,6 +126,6 @@ def boxes(text):
 
 
 def find_boxed(text, given=()):
-    r"""The content of the last complete \boxed{...} that is not one of `given`, or None. (Spaces do not count.)"""
+    r"""The content of the last complete \boxed{...} that is not one of `given` but for spaces, or None."""
     known = {re.sub(r"\s", "", content) for content in given}
     return next((box for box in reversed(boxes(text)) if re.sub(r"\s", "", box) not in known), None)

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from appendix import guests, models
+
 rope = import_module("01_rope_shift")
 shared_cache = import_module("02_shared_cache")
 layouts = import_module("03_layouts")
@@ -173,6 +175,22 @@ def restored(run, passes):
     ledger.fill(encoded)
     twin.forward = run.forward
     return twin
+
+
+def resumed(run, trace):
+    """A fresh run, with the journal `trace` that it is kept in -> the run where the trace stopped.
+
+    Raises:
+        ValueError: the trace began with another prompt or other weights; or as of `repeated`.
+    """
+    start = {"prompt": run.prompt, "opening": {w.name: w.text for w in run.workers}, "moves": run.layout.moves,
+             "context": run.context, "weights": models.fingerprint(run.model)}
+    if not trace.rows:
+        trace.add(start)
+    elif trace.rows[0] != start:
+        raise ValueError(f"{trace.path!r} began with another prompt, or other weights: name another file")
+    passes = [row for row in trace.rows if "fed" in row]
+    return restored(run, passes) if passes else run
 
 
 # ------------------------------------------------------------------------------------------ one pass
