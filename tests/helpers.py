@@ -1,22 +1,36 @@
-"""What several test files share: random models of each kind, a short prompt, and a run whose logits are kept."""
+"""What several test files share: random models, a short prompt, runs whose logits are kept, guests."""
 import copy
+from functools import lru_cache
 from importlib import import_module
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from appendix import guests, models
 
 generate = import_module("06_generate")
-SHORT = "{names} solve this together, in short paragraphs.\n\n{problem}"  # keeps the oracle's passes small
+# A short prompt keeps the oracle's passes small.
+SHORT = "{names} solve this together, in short paragraphs.\n\n{problem}"
 PROBLEM = "How much is 3 + 4 + 5 + 6? Explain how you add numbers."
 
 TINY = {"vocab_size": 49152, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3,
         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 MODELS = {
-    "llama": LlamaConfig(**TINY, head_dim=16), "llama3": LlamaConfig(**TINY, head_dim=16, rope_parameters=LLAMA3),
+    "llama": LlamaConfig(**TINY, head_dim=16),
+    "llama3": LlamaConfig(**TINY, head_dim=16, rope_parameters=LLAMA3),
     "yarn": LlamaConfig(**TINY, head_dim=16, rope_parameters=YARN), "qwen2": Qwen2Config(**TINY),
     "qwen3": Qwen3Config(**TINY, head_dim=16),
     "phi3": Phi3Config(**TINY, pad_token_id=0, rope_parameters=PARTIAL),
@@ -33,8 +47,9 @@ def tiny(name):
     return model
 
 
-def run_and_record(model, tokenizer, settings, passes, problem=PROBLEM, loop=generate.Hogwild, between=None):
-    """Run `passes` passes: (run, prompt ids as the history had them, logits [workers, vocabulary] of each pass).
+def run_and_record(model, tokenizer, settings, passes, problem=PROBLEM, loop=generate.Hogwild,
+                   between=None):
+    """(run, prompt ids as the history had them, logits [workers, vocabulary] of each of its passes)
 
     between: called with (run, number of the coming pass) before each pass.
     """
@@ -47,7 +62,8 @@ def run_and_record(model, tokenizer, settings, passes, problem=PROBLEM, loop=gen
         del logits[number:]  # (separators for somebody who came)
         writers = len(run.next_writers())
         run.advance()
-        logits[number:] = [logits[number][:writers]]  # (what outsiders say is fed last, and re-encoding comes later)
+        # What outsiders say is fed last, and what is encoded anew comes later.
+        logits[number:] = [logits[number][:writers]]
     prompt = tokenizer(run.prompt, add_special_tokens=tokenizer.chat_template is None).input_ids
     return run, prompt[:-1] if settings.layout == "independent" else prompt, logits
 
@@ -58,3 +74,69 @@ def keeping(forward, logits):
         logits.append(forward(*arguments).clone())
         return logits[-1].clone()
     return keep
+
+
+@lru_cache
+def tokenizer():
+    """The bundled model's, without the model."""
+    return AutoTokenizer.from_pretrained(models.converted(models.bundled_gguf()))
+
+
+@lru_cache
+def random_model(kind):
+    """One random model of each kind; gemma3 has a window of 32 tokens in two of its three layers."""
+    if kind != "gemma3":
+        return tiny(kind)
+    torch.manual_seed(0)
+    layers = ["sliding_attention"] * 2 + ["full_attention"]
+    config = Gemma3TextConfig(**TINY, head_dim=16, sliding_window=32, layer_types=layers)
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def often(monkeypatch, every):
+    """Let steps end by the length of their text, so that they end at different times and often."""
+    natural = generate.step_ended
+    monkeypatch.setattr(generate, "step_ended", lambda text: natural(text) or len(text) % every == 0)
+    monkeypatch.setattr(generate, "find_boxed", lambda *arguments: None)
+
+
+def settings_for(layout, workers, seed=0, **others):
+    """A short prompt, checks inserted every now and then, sampling."""
+    return generate.Settings(workers=generate.NAMES[:workers], layout=layout, seed=seed, max_passes=200,
+                             check_every=30, prompt=SHORT, **others)
+
+
+class Reencode(generate.Hogwild):
+    """A finished step is encoded anew at the end of the history, not moved (chapter 7 has this, too)."""
+
+    def to_history(self, w):
+        ids = self.ids[w.block]
+        self.cache.truncate(w.block, 0)
+        if ids:
+            generate.feed(self.model, self.cache, [[([self.history], ids)]], self.forward)
+        self.ids[self.history], self.ids[w.block] = self.ids[self.history] + ids, []
+
+
+def happen(events, run, number):
+    """What comes between two passes: events is a list of (number of the coming pass, what)."""
+    for when, what in events:
+        if when == number:
+            if what == "say":
+                guests.say(run, "Eve", f"Is it {number}?")
+            elif what == "add" and len(run.workers) < 5:
+                guests.add(run, f"Newcomer{number}.{len(run.workers)}")
+            elif what == "dismiss" and len(run.workers) > 1:
+                guests.dismiss(run, run.workers[number % len(run.workers)].name)
+
+
+@st.composite
+def runs(draw):
+    """A run: kind of model, layout, workers, seed, passes, how often steps end."""
+    return (draw(st.sampled_from([*MODELS, "gemma3"])),
+            draw(st.sampled_from([*generate.layouts.LAYOUTS])), draw(st.integers(1, 4)),
+            draw(st.integers(0, 1000)), draw(st.integers(0, 30)), draw(st.integers(5, 40)))
+
+
+LOOPS = st.sampled_from([generate.Hogwild, generate.Hogwild, Reencode])
+EVENTS = st.one_of(st.just([]), st.lists(st.tuples(
+    st.integers(0, 29), st.sampled_from(["say", "add", "dismiss"])), min_size=1, max_size=6))
