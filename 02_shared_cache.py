@@ -26,7 +26,7 @@ from time import perf_counter
 import torch
 from transformers import Cache
 
-from appendix import models
+from appendix import command, models
 
 rope = import_module("01_rope_shift")
 
@@ -228,4 +228,4 @@ def main():
 # 3. Store the keys unrotated and rotate them when they are read. What does that cost per pass, and who pays?
 
 if __name__ == "__main__":
-    sys.exit(models.one_sentence(main))
+    sys.exit(command.one_sentence(main))

@@ -1,44 +1,44 @@
 r"""Chapter 6: workers who write at the same time, and decide for themselves how to collaborate.
 
-The problem. Chapters 1 to 5 let several workers of one model read each other's memory while it grows. Nothing
-tells them what to do with that. The paper (sections 3.3 and 3.4, appendix C) prescribes no strategy: a prompt
-explains the situation, the text is cut into steps, and now and then somebody is asked whether it does redundant
-work (appendix/protocol.py has these words). This is what Alice sees in the combined layout:
+The problem. Chapters 1 to 5 let several workers of one model read each other's memory while it grows.
+Nothing tells them what to do with that. The paper (sections 3.3, 3.4, appendix C) prescribes no
+strategy: a prompt explains the situation, the text is cut into steps, and now and then somebody is asked
+whether it does redundant work (all these words: appendix/protocol.py). In the combined layout, Alice
+sees:
 
-    [the prompt] ### Past steps                                  the history: one block for everybody
+    [the prompt] ### Past steps                            the history, one block for everybody
     **Alice [1]:** Let us take one half each.
     **Bob [1]:** I will take the second half.
     ### Work in progress (others)
-    **Bob [2]:** 5 + 6 is <...>                                  Bob is writing here, in his own block
+    **Bob [2]:** 5 + 6 is <...>                            Bob is writing here, in his own block,
     ### Work in progress (own)
-    **Alice [2]:** 3 + 4                                         and Alice here, in hers
+    **Alice [2]:** 3 + 4                                   and Alice here, in hers
 
-One pass: pack every worker's newest tokens into one row, run the model once, pick one token per worker. Where
-a step is over, its block moves to the end of the history, and the next step opens with a header. The header is
-fed together with the token that ended the step, so passes are ragged; chapter 3's tables do not mind.
+One pass: pack every worker's newest tokens into one row, run the model once, pick one token per worker.
+Where a step is over, its block moves to the end of the history, and the next step opens with a header.
+It is fed together with the token that ended the step, so passes are ragged; the tables do not mind.
 
 Left out: loading models, the display, files (appendix).    Run it: python 06_generate.py, or with --help
 """
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
-from pathlib import Path
 
 import torch
 
-from appendix import command, journal, models, screen
+from appendix import command, journal, models, protocol, screen
 from appendix.command import option
-from appendix.protocol import (CHECK, FINISHER, NAMES, PAST_STEPS, SEPARATORS, boxes, check_name, fence_open,
-                               find_boxed, header, inside_braces, prompt, step_ended)
+from appendix.protocol import CHECK, NAMES, SEPARATORS, find_boxed, header, step_ended
 
 shared_cache = import_module("02_shared_cache")
 layouts = import_module("03_layouts")
 query_rotation = import_module("04_query_rotation")
 
-PROBLEM = """Tom has 3 red apples and 5 green apples. Ann has 4 red apples and 2 green apples. How many apples
-of each colour are there, and how many altogether?"""
+PROBLEM = """Tom has 3 red apples and 5 green apples. Ann has 4 red apples and 2 green apples. How many
+apples of each colour are there, and how many altogether?"""
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Settings:
     temperature: float | None = option(None, "default: the model's own, or 0.6")
     top_p: float | None = option(None, "default: the model's own, or 0.95")
     top_k: int | None = option(None, "default: the model's own, or 50; 0: no limit")
-    context: int | None = option(None, "tokens that may be in view (default: what the model's config says)")
-    prompt: str | None = option(None, "another prompt: a text with {problem} in it (on the command line: its file)")
+    context: int | None = option(None, "tokens that may be in view (default: what the config says)")
+    prompt: str | None = option(None, "another prompt, with {problem} in it (here: its file)")
     forbid: list[str] = option(["</think>", "##", " ##", "###", " ###", "####", " ####"],
                                "tokens that workers may not write, besides special ones; '': none")
     forbid_special: bool = option(True, "workers may not end their text, or change roles")
@@ -65,22 +65,23 @@ class Settings:
     def __post_init__(self):
         """Raise ValueError, one sentence, if a setting makes no sense."""
         if len(self.workers) == 1 and self.workers[0].isdigit():  # how many of them, not who
-            self.workers = (NAMES[:int(self.workers[0])] if int(self.workers[0]) <= len(NAMES) else [])
+            self.workers = NAMES[:int(self.workers[0])] * (int(self.workers[0]) <= len(NAMES))
         rules = [("workers", 1 <= len(self.workers) <= len(NAMES), f"1 to {len(NAMES)} of them"),
                  ("layout", self.layout in layouts.LAYOUTS, f"one of {', '.join(layouts.LAYOUTS)}"),
-                 ("temperature", self.temperature is None or 0 < self.temperature < 1e9, "above 0, or --greedy"),
+                 ("temperature", 0 < (self.temperature or 1) < 1e9, "above 0 (no randomness: --greedy)"),
                  ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-                 ("prompt", self.prompt is None or "{problem}" in self.prompt, "a text with {problem} in it")]
+                 ("prompt", "{problem}" in (self.prompt or "{problem}"), "a text with {problem} in it")]
         for name, holds, wanted in rules:
             if not holds:
                 raise ValueError(f"{name} cannot be {getattr(self, name)!r}; it has to be {wanted}")
-        command.at_least(self, max_passes=1, check_every=0, answer_tokens=1, max_step=16, seed=0, top_k=0, context=1)
+        command.at_least(self, max_passes=1, check_every=0, answer_tokens=1, max_step=16, seed=0,
+                         top_k=0, context=1)
         for i, name in enumerate(self.workers):
-            check_name(name, self.workers[:i])
+            protocol.check_name(name, self.workers[:i])
 
 
 def best_forward(device, attention="auto"):
-    """How to run a pass: chapter 4's forward ("torch"), or chapter 5's Decoder ("triton"; "auto": on GPUs).
+    """How to run a pass: "torch" (chapter 4), "triton" (chapter 5), or "auto", the latter on GPUs.
 
     Raises ValueError if "triton" was asked for by name and does not work here.
     """
@@ -103,11 +104,11 @@ def feed(model, cache, groups, forward=query_rotation.forward):
     """One forward pass for any number of runs.
 
     Args:
-        groups: for each run, its writers: pairs (view, ids); the ids are written to the view's last block.
+        groups: for each run, its writers: pairs (view, ids); ids are written to the view's last block.
     Returns:
         for each run, the logits [writers, vocabulary] of the writers' last tokens.
     Raises:
-        ValueError: the model computes NaN. After this or any other failure the blocks are as long as before.
+        ValueError: the model computes NaN. After any failure the blocks are as long as before.
     """
     writers = [writer for group in groups for writer in group]
     ids = [i for _, ids in writers for i in ids]  # [N]
@@ -136,7 +137,7 @@ class Worker:
     finished: bool = False  # wrote the end of text
 
     @property
-    def words(self):
+    def own_text(self):
         """What it has written itself in this step."""
         return self.text[self.start:]
 
@@ -149,15 +150,16 @@ class Hogwild:
             run.advance()          # one forward pass: every worker writes one token
         print(run.answer())        # may be asked at any time: it disturbs nothing
 
-    An advance is writers() -> feed -> sample() -> take(); whoever wants several runs in one pass calls the parts.
-    `passes` has a record per pass, ready for JSON: {"fed": {name: ids}, "sampled": {name: id}, "text": {name: what
-    that adds}, "closed": [finished steps], "events": [who came, left or said something], "in_view", "seconds"}.
+    An advance is writers() -> feed -> sample() -> take(); for several runs in one pass, call the parts.
+    `passes` has a record per pass, ready for JSON: {"fed": {name: ids}, "sampled": {name: id}, "text":
+    {name: what that adds}, "closed": [finished steps], "events": [who came, left or said something],
+    "in_view": tokens in the longest view, "seconds"}.
 
     Args:
         model, tokenizer: any causal language model of transformers with rotary embeddings (models.load).
-        forward: chapter 4's forward or chapter 5's Decoder; cache: a SharedCache to share with other runs.
+        forward: chapter 4's forward or chapter 5's Decoder; cache: one to share with other runs.
     Raises:
-        ValueError: unusable settings, an empty problem, a model that cannot be used, a prompt beyond its context.
+        ValueError: an empty problem, a model that cannot be used, a prompt beyond its context.
     """
 
     def __init__(self, model, tokenizer, problem, settings=None, forward=None, cache=None):
@@ -165,63 +167,56 @@ class Hogwild:
         self.settings, self.forward = settings or Settings(), forward or best_forward(model.device)
         if not self.problem:
             raise ValueError("the problem is empty; give the workers something to solve")
+        self.encode, self.decode = partial(models.encode, tokenizer), partial(models.decode, tokenizer)
         self.layout = layouts.LAYOUTS[self.settings.layout]
         ropes = query_rotation.attach(model)
         self.cache = shared_cache.SharedCache(ropes) if cache is None else cache
-        told = prompt(self.problem, self.settings.workers, self.settings.layout, self.settings.prompt)
-        self.prompt = models.chat(tokenizer, *told) + PAST_STEPS * self.layout.moves
-        self.finisher = self.encode(FINISHER)
-        self.given = boxes(self.prompt)  # whoever repeats one of these has not answered
+        told = protocol.instructions(self.problem, self.settings)
+        self.prompt = models.chat(tokenizer, *told) + protocol.PAST_STEPS * self.layout.moves
+        self.finisher = self.encode(protocol.FINISHER)
+        self.given = protocol.boxes(self.prompt)  # whoever repeats one of these has not answered
         self.context = self.settings.context or models.context(model)
         self.ends = models.end_ids(model, tokenizer)
-        self.passes, self.events, self.said = [], [], []  # records; since the last pass: who came, what was said
+        self.passes, self.events, self.said = [], [], []  # see there; said: ids that the next pass reads
         self.generated, self.boxed = 0, None  # tokens sampled by all; the answer, once a step gives one
         self.build(*self.openings())
 
     # -- starting -----------------------------------------------------------------------------------
-
-    def encode(self, text):
-        """Token ids of a text."""
-        return models.encode(self.tokenizer, text)
-
-    def decode(self, ids):
-        """Text of token ids."""
-        return models.decode(self.tokenizer, ids)
 
     def openings(self):
         """Token ids of the common text, and those with which each worker's block begins."""
         ids = models.encode_prompt(self.tokenizer, self.prompt, self.problem)
         if self.layout.headers:
             return ids, [self.encode("\n\n" + header(name, 1)) for name in self.settings.workers]
-        return ids[:-1], [ids[-1:] for _ in self.settings.workers]  # its logits give everybody's first word
+        # The logits of the prompt's last token give everybody's first word.
+        return ids[:-1], [ids[-1:] for _ in self.settings.workers]
 
-    def build(self, prompt, openings):
+    def build(self, prompt_ids, openings):
         """Reserve memory for what the run is likely to need, and encode the prompt and the separators.
 
-        A run that would need more ends with "room". Headers and checks take less than a quarter of the tokens.
+        Headers and checks are less than a quarter of the text. A run that needs more ends with "room".
         """
-        forbidden = models.forbidden_ids(self.model, self.tokenizer, self.settings.forbid, self.settings.forbid_special)
-        self.sampler = models.Sampler(self.model, self.settings, forbidden, len(prompt))
+        self.sampler = models.Sampler(self.model, self.tokenizer, self.settings, len(prompt_ids))
         passes, longest = self.settings.max_passes, max(map(len, openings))
         likely = passes + (passes // 4 + 256) * self.layout.headers  # tokens of a worker
-        history = len(prompt) + 256 + likely * len(openings) * self.layout.moves
-        self.reserve = len(self.finisher) + self.settings.answer_tokens + 64  # kept free for the early stop
+        history = len(prompt_ids) + 256 + likely * len(openings) * self.layout.moves
+        # Kept free in every block, for a header and the early stop:
+        self.reserve = 64 + len(self.finisher) + self.settings.answer_tokens
         own = min(likely, 2 * self.settings.max_step) if self.layout.moves else likely
         self.capacity = min(own + longest + self.reserve, self.context)
         self.history = self.cache.block(min(history, self.context))
-        self.ids = {self.history: list(prompt)}  # what every block holds
+        self.ids = {self.history: list(prompt_ids)}  # what every block holds, but separators
         self.words, self.workers = {}, []
         for name, ids in zip(self.settings.workers, openings):
             self.enlist(name, ids)
-        if len(prompt) + sum(map(len, openings)) + self.reserve > self.context:
-            raise ValueError(f"the prompt takes {len(prompt)} tokens and an answer {self.reserve}, but the model's "
-                             f"context ends at {self.context}: shorten the problem")
-        for i in range(0, len(prompt), 512):  # prefill, in pieces: scores take pieces x context numbers per head
-            feed(self.model, self.cache, [[([self.history], prompt[i:i + 512])]], self.forward)
+        if len(prompt_ids) + sum(map(len, openings)) + self.reserve > self.context:
+            raise ValueError(f"the prompt takes {len(prompt_ids)} tokens, an answer {self.reserve}, and "
+                             f"the context ends at {self.context}: shorten the problem")
+        for i in range(0, len(prompt_ids), 512):  # in pieces, as scores take tokens x context numbers
+            feed(self.model, self.cache, [[([self.history], prompt_ids[i:i + 512])]], self.forward)
         self.encode_words()
         if self.ending in ("context", "room"):
-            raise ValueError(f"the prompt leaves no room to write in a context of {self.context} tokens: "
-                             "shorten the problem")
+            raise ValueError(f"the prompt leaves no room in {self.context} tokens: shorten the problem")
 
     def enlist(self, name, ids):
         """Make a worker whose block opens with `ids`. (The end of a prompt is nobody's text.)"""
@@ -231,7 +226,7 @@ class Hogwild:
         self.ids[block] = []
 
     def encode_words(self):
-        """Encode the separators that the team needs and does not have; each sees what stands before it."""
+        """Encode the separators that the team lacks; each sees those that stand before it."""
         missing = [name for name in self.layout.separators(len(self.workers)) if name not in self.words]
         before, writers = [self.history], []
         for name in missing:
@@ -245,9 +240,10 @@ class Hogwild:
     # -- one pass -----------------------------------------------------------------------------------
 
     def view(self, w, final=False):
-        """The blocks that worker w sees, in order, its own last (chapter 3); `final`: all that there is."""
+        """The blocks that worker w sees, its own last (chapter 3); `final`: in the early stop's view."""
         others = [other.block for other in self.workers if other is not w]
-        return (self.layout.final_view if final else self.layout.view)(self.history, w.block, others, self.words)
+        lay_out = self.layout.final_view if final else self.layout.view
+        return lay_out(self.history, w.block, others, self.words)
 
     def next_writers(self):
         """The workers who write in the coming pass."""
@@ -301,7 +297,7 @@ class Hogwild:
         self.schedule_checks(writing)
         for w in writing:
             if w.finished or self.is_over(w):
-                answer = find_boxed(w.words, self.given)
+                answer = find_boxed(w.own_text, self.given)
                 if not w.finished:
                     record["closed"].append(self.close_step(w))
                 if answer:
@@ -311,19 +307,20 @@ class Hogwild:
         return record
 
     def is_over(self, w):
-        """Is w's step over? By its text; or it has grown too long, and a line ends here or its room is used up."""
-        if step_ended(w.words) or not self.layout.moves:
-            return step_ended(w.words)
-        line_end = w.words.rstrip(" \t").endswith("\n") and not fence_open(w.words)
+        """Does w's step end here? By its text, or as it is too long and a line ends, or its room."""
+        if step_ended(w.own_text) or not self.layout.moves:
+            return step_ended(w.own_text)
+        line_end = w.own_text.rstrip(" \t").endswith("\n") and not protocol.fence_open(w.own_text)
         return (w.block.length + 1 >= self.settings.max_step and line_end
                 or w.block.length + 2 + self.reserve > w.block.capacity)
 
     def close_step(self, w):
         """Move w's block to the history, and open the next step. Returns what the record says of it.
 
-        Bob's block holds `**Bob [1]:** It is 5.`; the token he samples now completes a blank line. It has not been
-        fed, so it comes first in the new block: pending are that token and `**Bob [2]:** `, which the next pass
-        feeds while everybody else feeds one token. A header opens a paragraph, whatever the token was.
+        Bob's block holds `**Bob [1]:** It is 5.`; the token he samples now completes a blank line. It
+        has not been fed, so it comes first in the new block: pending are that token and `**Bob [2]:** `,
+        which the next pass feeds while everybody else feeds one token. A header opens a paragraph,
+        whatever the token was.
         """
         closed = {"worker": w.name, "step": w.step, "text": self.decode(w.ids[:-1])}
         opening = CHECK * (w.checks_due > 0)
@@ -361,7 +358,7 @@ class Hogwild:
 
     @property
     def ending(self):
-        """Why the run is over: "answer", "end of text", "passes", "context", "room"; None while it is not.
+        """Why the run is over: "answer", "end of text", "passes", "context", "room"; None: it is not.
 
         "context" and "room" come while there is still enough of both for one more pass and an answer.
         """
@@ -373,27 +370,27 @@ class Hogwild:
             return "passes"
         writers, coming = self.writers(), len(self.finisher) + self.settings.answer_tokens
         views = [view for view, _ in writers] + [self.view(self.workers[-1], final=True)]
-        if max(sum(block.length for block in view) for view in views) + coming + sum(
-                len(ids) for _, ids in writers) > self.context:
+        seen = max(sum(block.length for block in view) for view in views)
+        if seen + sum(len(ids) for _, ids in writers) + coming > self.context:
             return "context"
-        finishing = sum(view[-1].length + len(ids) for view, ids in writers if view[-1] is not self.history)
-        history = self.history.length + len(self.said) + finishing * self.layout.moves  # if all steps ended now
-        full = any(view[-1].length + len(ids) + coming > view[-1].capacity for view, ids in writers
-                   if view[-1] is not self.history)
+        lengths = {w.block: w.block.length + len(w.pending) for w in self.workers}  # after this pass
+        # Should all steps end in it, the history takes them all.
+        history = self.history.length + len(self.said) + sum(lengths.values()) * self.layout.moves
+        full = any(length + coming > block.capacity for block, length in lengths.items())
         return "room" if full or history > self.history.capacity else None
 
     def written_answer(self):
-        r"""The answer that was written in time: of a finished step, or, if there is none, of an unfinished one."""
+        """The answer that was written in time, in a finished step or else an unfinished one, or None."""
         if self.boxed is not None:
             return self.boxed
-        return next(filter(None, (find_boxed(w.words, self.given) for w in self.workers)), None)
+        return next(filter(None, (find_boxed(w.own_text, self.given) for w in self.workers)), None)
 
     def answer(self):
         """The answer now (early stop; paper, section 4.1 and appendix C).
 
-        What a worker has boxed; or else the last worker, who sees everything, is made to say it: the finisher is
-        appended to its block, at most `answer_tokens` are decoded greedily, and the blocks are cut back. Nothing is
-        encoded twice, and the run does not notice.
+        What a worker has boxed; or else the last worker, who sees everything, is made to say it: the
+        finisher is appended to its block, at most `answer_tokens` are decoded greedily, and the blocks
+        are cut back. Nothing is encoded twice, and the run does not notice.
         """
         written = self.written_answer()
         if written is not None:
@@ -406,7 +403,7 @@ class Hogwild:
             for _ in range(self.settings.answer_tokens):
                 *_, logits = feed(self.model, self.cache, [writers], self.forward)[0]  # [vocabulary]
                 ids.append(int(logits.argmax()))
-                said = inside_braces(self.decode(ids))
+                said = protocol.inside_braces(self.decode(ids))
                 if said is not None or ids[-1] in self.ends:
                     return self.decode(ids[:-1]).strip() if said is None else said
                 writers = [(view, ids[-1:])]
@@ -417,40 +414,42 @@ class Hogwild:
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
-    parser = command.Parser([Settings, models.Options, screen.Options], description=__doc__.split("\n")[0])
-    parser.add_argument("problem", nargs="?", default=PROBLEM, help="the problem; '-': from standard input")
-    settings, options, show, rest = parser.read(argv)
-    problem = sys.stdin.read() if rest.problem == "-" else rest.problem
+    kinds = [Settings, models.Options, screen.Options]
+    parser = command.Parser(kinds, description=__doc__.split("\n")[0])
+    parser.add_argument("problem", nargs="?", default=PROBLEM, help="its text; '-': from standard input")
+    settings, options, show, rest = parser.read(argv, files=["prompt"])
+    problem = command.text(sys.stdin.read() if rest.problem == "-" else rest.problem, "problem")
     about = {"problem": problem, **asdict(settings), "model": options.model or models.BUNDLED,
              "dtype": options.dtype}
     with journal.Journal(show.save, "trace", about, screen.ROW, may_differ=["max_passes"]) as trace:
         model, tokenizer = models.prepared(options)
         run = Hogwild(model, tokenizer, problem, settings, best_forward(model.device, options.attention))
         run = import_module("appendix.recording").resumed(run, trace)
-        console = screen.Console(highlight=False)
-        live = console.is_terminal and not show.plain
-        with screen.Screen(problem, trace.rows[0], live, console) as display, screen.Stopping() as stopping:
+        display = screen.Screen(problem, trace.rows[0], show.plain)
+        with display, screen.Stopping() as stopping:
             for record in run.passes:
                 display.show(record)
             while run.ending is None and not stopping.asked:
-                trace.add(run.advance())
+                with command.failing(f"pass {len(run.passes) + 1}"):
+                    trace.add(run.advance())
                 display.show(run.passes[-1])
         if stopping.asked:
             raise KeyboardInterrupt
         answer = run.answer()
         trace.add({"ending": run.ending, "answer": answer})
     display.finish(run.ending, answer)
-    held = sum(block.length for block in run.cache.blocks)
-    fed = sum(len(ids) for record in run.passes for ids in record["fed"].values())
-    console.print(f"[OK] {len(run.passes)} passes, {len(run.workers)} workers, one cache: {held} tokens in "
-                  f"{len(run.cache.blocks)} blocks, {fed} of them written by the workers", markup=False)
+    assert all(block.length == len(ids) for block, ids in run.ids.items()) and run.passes
+    where = ", ".join(f"{w.block.length} of {w.name}" for w in run.workers)
+    display.print(f"[OK] each token is in the cache once: {run.history.length} in the history, {where}")
     return 0
 
 
 # Exercises
-# 1. Let Alice and Bob speak different languages: a prompt file and --prompt. Do they still build on each other?
+# 1. Let Alice and Bob speak different languages: a prompt file and --prompt. Do they still build on each
+#    other's steps?
 # 2. Run the same problem with --layout independent and combined, same seed. Where do the texts part?
-# 3. Ask for the answer every 32 passes in a loop of your own; check that the run goes on as if you had not.
+# 3. Ask for the answer every 32 passes in a loop of your own; check that the run goes on as if you had
+#    not.
 
 if __name__ == "__main__":
     sys.exit(command.one_sentence(main))

@@ -1,8 +1,10 @@
 r"""Appendix: what every command line of this project has in common.
 
-One sentence and exit code 2 when something is wrong, 130 after Ctrl-C, and nothing on the terminal that could
-command it: control characters of files, models and errors are replaced.
+One sentence and exit code 2 when something is wrong, 130 after Ctrl-C, and nothing on the terminal that
+could command it: control characters of files, models and errors are replaced.
 """
+import argparse
+import contextlib
 import dataclasses
 import re
 import sys
@@ -25,26 +27,58 @@ def first_line(error):
 
 def option(default, help):
     """A field of a dataclass that the command line offers, too."""
-    given = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**given, metadata={"help": help.replace("%", "%%")})
+    metadata = {"help": help.replace("%", "%%")}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Parser(HfArgumentParser):
-    """transformers' parser of dataclasses, with one sentence instead of a page when something is wrong."""
+    """transformers' parser of dataclasses, with one sentence instead of a page when something is
+    wrong."""
 
     def error(self, message):
         """Print the sentence and exit with code 2."""
         self.exit(2, f"{self.prog}: {plain(message)}\n")
 
-    def read(self, argv=None):
-        """The dataclasses, filled in; then a namespace of other arguments, if there are any."""
-        known, unknown = self.parse_known_args(argv)
+    def read(self, argv=None, files=()):
+        """The dataclasses, filled in; then a namespace of other arguments, if there are any.
+
+        files: options that name a text file; their values are read from it.
+        """
+        values, unknown = self.parse_known_args(argv)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}; --help lists what there is")
-        for name, value in vars(known).items():
-            if value == "" or (isinstance(value, list) and not value):
+        for name, value in vars(values).items():
+            if value == "":
                 self.error(f"{name.replace('_', '-')} is empty; give a value, or leave it out")
-        return self.parse_args_into_dataclasses(argv, look_for_args_file=False)
+            if name in files and value is not None:
+                setattr(values, name, read_text(value, name))
+        filled = []
+        for kind in self.dataclass_types:
+            names = [field.name for field in dataclasses.fields(kind)]
+            filled.append(kind(**{name: vars(values).pop(name) for name in names}))
+        return (*filled, values) if vars(values) else tuple(filled)
+
+
+def text(content, what):
+    """The text itself, if it has something in it. Raises ValueError if not, or if it is not UTF-8."""
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {what} is not valid UTF-8 text") from error
+    if not content.strip():
+        raise ValueError(f"the {what} is empty; give some text")
+    return content
+
+
+def read_text(path, what):
+    """The text of a file. Raises ValueError if it cannot be read."""
+    try:
+        return text(Path(path).read_text(encoding="utf-8"), what)
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"the {what} {path!r} cannot be read: {why}") from error
 
 
 def at_least(settings, **least):
@@ -62,7 +96,7 @@ def distinct(**files):
         if path is not None:
             other = seen.setdefault(Path(path).resolve(), name)
             if other != name:
-                raise ValueError(f"--{other} and --{name} name the same file, {path!r}; they need one each")
+                raise ValueError(f"--{other} and --{name} name the same file, {path!r}: name two")
 
 
 class Failed(RuntimeError):
@@ -71,8 +105,18 @@ class Failed(RuntimeError):
     code = 1
 
 
+@contextlib.contextmanager
+def failing(where):
+    """Errors in this context end the work half-way: exit code 1."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        raise Failed(f"the run failed in {where}: {first_line(error)}") from error
+
+
 def one_sentence(main):
-    """Run main() for its exit code; what goes wrong becomes one sentence on standard error and code 2."""
+    """Run main() for its exit code; what goes wrong becomes one sentence on standard error and code
+    2."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
     try:
@@ -81,5 +125,5 @@ def one_sentence(main):
         print(f"{Path(sys.argv[0]).name}: {first_line(error)}", file=sys.stderr)
         return getattr(error, "code", None) or 2
     except KeyboardInterrupt:
-        print("interrupted; what was saved is kept, and the same command goes on from there", file=sys.stderr)
+        print("interrupted; what was saved is kept: the same command goes on with it", file=sys.stderr)
         return 130

@@ -4,8 +4,8 @@ r"""Appendix: somebody joins a run of chapter 6, leaves it, or says something, b
     add(run, "Carol")                                        writes from the next pass on
     dismiss(run, "Bob")
 
-Views are made anew for each pass from the workers that there are, so that is all there is to it. The record of
-the next pass has these events, and a restored run goes through them again.
+Views are made anew for each pass from the workers that there are, so that is all there is to it. The
+record of the next pass has these events, and a restored run goes through them again.
 """
 from appendix.protocol import check_name, header
 
@@ -26,7 +26,8 @@ def say(run, name, text):
 def add(run, name):
     """A new worker, who writes from the next pass on. Raises ValueError if one has that name."""
     check_name(name, [w.name for w in run.workers])
-    run.enlist(name, run.encode("\n\n" + header(name, 1)) if run.layout.headers else run.openings()[1][0])
+    opening = run.encode("\n\n" + header(name, 1)) if run.layout.headers else run.openings()[1][0]
+    run.enlist(name, opening)
     run.encode_words()
     run.events.append(["add", name])
 
@@ -38,7 +39,7 @@ def dismiss(run, name):
     """
     leaving = next((w for w in run.workers if w.name == name), None)
     if leaving is None or len(run.workers) == 1:
-        raise ValueError(f"{name!r} cannot leave: there has to be a worker of that name, and another one")
+        raise ValueError(f"{name!r} cannot leave: there has to be a worker of that name, and another")
     if run.layout.moves:
         run.to_history(leaving)
     run.workers.remove(leaving)

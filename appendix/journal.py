@@ -1,8 +1,10 @@
-r"""Appendix: a file that grows by a line per piece of work, so that the same command goes on where it was stopped.
+r"""Appendix: a file that grows by a line per piece of work, so that the same command goes on where it
+was stopped.
 
-The first line says what all others have in common. Each further line is whole, or cut off at the next start:
-a kill loses at most the piece of work that was under way. Traces (chapter 6) and evaluations (chapter 7) are
-such files. A full disk does not end the work: what cannot be written now is tried again with the next line.
+The first line says what all others have in common. Each further line is whole, or cut off at the next
+start: a kill loses at most the piece of work that was under way. Traces (chapter 6) and evaluations
+(chapter 7) are such files. A full disk does not end the work: what cannot be written now is tried again
+with the next line.
 """
 import json
 import os
@@ -29,15 +31,17 @@ class Journal:
         may_differ: keys of the header that are not compared.
         durable: every row reaches the disk before the next one is begun, not only the operating system.
     Raises:
-        ValueError: the file is not ours, has another header (the message names the difference), or is in use.
+        ValueError: the file is not ours, has another header (the message names the difference), or is in
+            use.
     """
 
     def __init__(self, path, kind, header, row_shape, may_differ=(), durable=False):
         self.path, self.rows, self.durable = path, [], durable
-        self.file, self.waiting, self.complained = None, b"", False  # waiting: bytes that did not fit on the disk
+        self.file, self.waiting, self.complained = None, b"", False  # waiting: did not fit on the disk
         if path is None:
             return
-        # The file itself is locked, not one beside it, which might be somebody's; and links are not followed.
+        # The file itself is locked, not one beside it, which might be somebody's; and links are not
+        # followed.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
         try:
             self.file = os.open(path, flags, 0o666)
@@ -46,10 +50,11 @@ class Journal:
             if fcntl:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"another process is writing to {path!r}: wait for it, or name another file") from error
+            raise ValueError(f"another process writes to {path!r}: wait, or name another") from error
         except OSError as error:
             why = "it is a link" if os.path.islink(path) else error.strerror or error
-            raise ValueError(f"{path!r} cannot be written ({why}): name a file in a folder that exists") from error
+            raise ValueError(f"{path!r} cannot be written ({why}): name a file in a folder of "
+                             "yours that exists") from error
         theirs, self.rows, self.whole = read(path, kind, row_shape)
         for key in {**theirs, **header} if theirs else ():
             if theirs.get(key) != header.get(key) and key not in may_differ:
@@ -68,7 +73,8 @@ class Journal:
             self.write(row)
 
     def write(self, row):
-        """Append a line, and what is waiting before it. If that fails, the file ends with its last whole line."""
+        """Append a line, and what is waiting before it. If that fails, the file ends with its last whole
+        line."""
         self.waiting += (json.dumps(row, ensure_ascii=False) + "\n").encode()
         try:
             done = 0
@@ -81,8 +87,8 @@ class Journal:
             os.ftruncate(self.file, self.whole)
             if not self.complained:
                 self.complained = first_line(error)
-                print(f"{self.path} cannot be written at the moment ({self.complained}); the work goes on",
-                      file=sys.stderr)
+                print(f"{self.path} cannot be written at the moment ({self.complained}); "
+                      "the work goes on", file=sys.stderr)
 
     def __enter__(self):
         return self
@@ -108,7 +114,7 @@ def read(path, kind, row_shape):
         raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}") from error
     whole, start = data.rfind(b"\n") + 1, f'{{"format": "hogwild-{kind}-2"'.encode()
     if data[:len(start)] != start[:len(data)]:  # (a kill may have cut even the first line)
-        raise ValueError(f"{str(path)!r} is not a file that this program wrote ({kind}): name another one")
+        raise ValueError(f"{str(path)!r} is no {kind} that this program wrote: name another file")
     rows = []
     for number, line in enumerate(data[:whole].splitlines(), start=1):
         try:
@@ -125,8 +131,9 @@ def read(path, kind, row_shape):
 def matches(value, shape):
     """Has a JSON value this shape?
 
-    A type means itself (a whole number is a float, too; True is no number); None means null; a tuple means any
-    of its shapes; [shape] a list of such; {str: shape} a dict with any keys; {"key": shape} at least these keys.
+    A type means itself (a whole number is a float, too; True is no number); None means null; a tuple
+    means any of its shapes; [shape] a list of such; {str: shape} a dict with any keys; {"key": shape} at
+    least these keys.
     """
     if isinstance(shape, tuple):
         return any(matches(value, one) for one in shape)
@@ -144,13 +151,14 @@ def matches(value, shape):
 
 
 def own_picture(path, magic):
-    """Raise ValueError unless `path` can be written and is new, or a file of this kind (it begins with `magic`)."""
+    """Raise ValueError unless `path` can be written and is new, or a file of this kind (it begins with
+    `magic`)."""
     try:
         with open(path, "rb") as file:
             if not file.read(len(magic)).startswith(magic) or os.path.islink(path):
                 raise ValueError(f"{path!r} exists and is something else: name another file")
     except FileNotFoundError:
         if not Path(path).parent.is_dir() or not os.access(Path(path).parent, os.W_OK):
-            raise ValueError(f"{path!r} cannot be written: name a file in a folder that exists") from None
+            raise ValueError(f"{path!r} cannot be written: its folder must exist") from None
     except OSError as error:
         raise ValueError(f"{path!r} cannot be written ({error.strerror})") from error

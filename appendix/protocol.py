@@ -1,7 +1,9 @@
-r"""Appendix: the words of the protocol (paper, sections 3.3 and 3.4, appendix C), and two rules about text.
+r"""Appendix: the words of the protocol (paper, sections 3.3 and 3.4, appendix C), and two rules about
+text.
 
 Everything that the workers are told: a prompt that explains the page they see, a few strings that stand
-between the blocks, a question for whoever may be doing redundant work, and a sentence that asks for an answer.
+between the blocks, a question for whoever may be doing redundant work, and a sentence that asks for an
+answer.
 """
 import re
 
@@ -35,7 +37,8 @@ How to work together:
 - Read what the others are doing, unfinished thoughts included, before you choose what to do, and look
   again every now and then. If somebody makes you a suggestion or asks you something, react to it.
 - Never do work twice. If you see that somebody has done what you are doing, or is doing it right now,
-  stop, say so (for example: "Wait, {example} is already on this, so I will ..."), and turn to something else.
+  stop, say so (for example: "Wait, {example} is already on this, so I will ..."), and turn to something
+  else.
 - Keep steps short, and end each with a blank line. Whoever knows the final answer puts it within
   \boxed{}.
 
@@ -44,19 +47,20 @@ How to work together:
 
 {problem}"""
 PAST = """\
-- Under '### Past steps' are the finished steps of all of you, in the order in which they were finished."""
+- Under '### Past steps' are the finished steps of all of you, in the order in which they were
+  finished."""
 VIEWS = {  # what the page looks like depends on the layout
     "combined": PAST + """
 - Below '### Work in progress (others)', you see the unfinished steps of the others, each up to the mark
   <...>, where its author is writing at this moment.
-- Below '### Work in progress (own)', at the very end, is your own unfinished step, which you continue.""",
-    "interleaved": PAST + """ A step
-  of somebody else appears there as a whole, once it is finished.
+- Below '### Work in progress (own)', at the very end, is your own unfinished step, which you
+  continue.""",
+    "interleaved": PAST + """ A step of somebody else appears there as a whole, once it is finished.
 - At the very end is your own unfinished step, which you continue.""",
     "contiguous": """- First comes everything that the others have written so far, one after the other.
 - At the very end is everything that you have written so far, which you continue."""}
-NAMES = ("Alice Bob Carol Dave Erin Frank Grace Heidi "
-         "Ivan Judy Mallory Niaj Olivia Peggy Rupert Sybil").split()
+NAMES = ["Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi",
+         "Ivan", "Judy", "Mallory", "Niaj", "Olivia", "Peggy", "Rupert", "Sybil"]
 SOLO = "{problem}\n\nReason step by step, and put your final answer within \\boxed{}."
 
 
@@ -68,23 +72,24 @@ def header(name, step):
 def check_name(name, others):
     """Raise ValueError unless a worker can be called `name`, beside `others`."""
     if not re.fullmatch(r"[^\s*\[\]{}<>|\x00-\x1f\x7f-\x9f]{1,24}", name):
-        raise ValueError(f"{name!r} is not a name for a worker: up to 24 characters, no spaces or brackets "
-                         "(and a problem stands before the names)")
+        raise ValueError(f"{name!r} is not a name for a worker: up to 24 characters, no spaces or "
+                         "brackets (and a problem stands before the names)")
     if name in others:
         raise ValueError(f"two workers are called {name!r}; each needs a name of its own")
 
 
-def prompt(problem, names, layout, template=None):
-    """What the workers are told: (system message, user's message). `layout`: the name of one of chapter 3's.
+def instructions(problem, settings):
+    """What the workers are told: (system message, user's message).
 
-    template: another prompt than ours, a text with {problem} in it; what stands above a line `---` is the
+    settings.prompt: another prompt than ours, a text with {problem} in it; above a line `---` stands the
     system message. {names}, {count}, {example} (somebody's name) and {view} are filled in, too.
     """
-    template = template or (SOLO if layout == "independent" else PROMPT)
+    names, layout = settings.workers, settings.layout
+    template = settings.prompt or (SOLO if layout == "independent" else PROMPT)
     rules, _, task = (part.strip() for part in template.rpartition("\n---\n"))
     listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-    fill = {"names": listed, "count": str(len(names)), "example": names[0], "view": VIEWS.get(layout, ""),
-            "problem": problem}  # the problem last: its braces are its own business
+    fill = {"names": listed, "count": str(len(names)), "example": names[0],
+            "view": VIEWS.get(layout, ""), "problem": problem}  # last: its braces are its own
     for key, value in fill.items():
         rules, task = (text.replace("{" + key + "}", value) for text in (rules, task))
     return rules, task
@@ -126,6 +131,7 @@ def boxes(text):
 
 
 def find_boxed(text, given=()):
-    r"""The content of the last complete \boxed{...} that is not one of `given` but for spaces, or None."""
+    r"""The content of the last complete \boxed{...} that is not one of `given` but for spaces, or
+    None."""
     known = {re.sub(r"\s", "", content) for content in given}
     return next((box for box in reversed(boxes(text)) if re.sub(r"\s", "", box) not in known), None)

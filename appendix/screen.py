@@ -1,7 +1,8 @@
 r"""Appendix: the live display of a run, made from the records of its passes alone.
 
-On a terminal: the problem and the finished steps above, a column per worker below, a line of figures at the
-bottom. Elsewhere: a line per finished step. Run directly, it shows a trace again, at the pace at which it went:
+On a terminal: the problem and the finished steps above, a column per worker below, a line of figures at
+the bottom. Elsewhere: a line per finished step. Run directly, it shows a trace again, at the pace at
+which it went:
 
     python appendix/screen.py trace.jsonl               needs no model
     python appendix/screen.py trace.jsonl --svg FILE    writes the last picture as an SVG instead
@@ -25,12 +26,14 @@ from appendix import command, journal  # noqa: E402
 from appendix.protocol import CHECK, SEPARATORS  # noqa: E402
 
 START = {"prompt": str, "opening": {str: str}, "moves": bool, "context": int, "weights": str}
-PASS = {"fed": {str: [int]}, "sampled": {str: int}, "text": {str: str}, "events": [[str]], "in_view": int,
-        "seconds": float, "closed": [{"worker": str, "step": int, "text": str, "opened": str}]}
+PASS = {"fed": {str: [int]}, "sampled": {str: int}, "text": {str: str}, "events": [[str]],
+        "in_view": int, "seconds": float,
+        "closed": [{"worker": str, "step": int, "text": str, "opened": str}]}
 END = {"ending": str, "answer": str}
 ROW = START, PASS, END  # what a trace consists of: how the run began, its passes, how it ended
 
-COLOURS = ["cyan", "magenta", "green", "yellow", "bright_blue", "bright_red", "bright_green", "bright_magenta"]
+COLOURS = ["cyan", "magenta", "green", "yellow",
+           "bright_blue", "bright_red", "bright_green", "bright_magenta"]
 ENDINGS = {"answer": "a worker wrote it", "passes": "asked when the passes were used up",
            "end of text": "all have finished", "context": "asked when the model's context was used up",
            "room": "asked when the memory that was reserved was used up"}
@@ -40,7 +43,7 @@ ENDINGS = {"answer": "a worker wrote it", "passes": "asked when the passes were 
 class Options:
     """What is shown and kept."""
 
-    save: str | None = command.option(None, "keep the run in this file; the same command goes on where it stopped")
+    save: str | None = command.option(None, "keep the run in this file; the same command goes on")
     plain: bool = command.option(False, "plain lines instead of the live display")
 
 
@@ -48,16 +51,19 @@ class Screen:
     """Shows a run. A context manager.
 
     Args:
-        problem: its text; start: the first row of a trace (START); live: draw on the terminal all the time.
+        problem: its text; start: the first row of a trace (START); plain: lines, even on a terminal.
     """
 
-    def __init__(self, problem, start, live, console):
-        self.problem, self.start, self.console = command.plain(problem.strip()), start, console
-        self.history, self.current = [], dict(start["opening"])  # (name, text) of finished steps; name -> text
+    def __init__(self, problem, start, plain=False, console=None):
+        self.problem, self.start = command.plain(problem.strip()), start
+        self.console = console or Console(highlight=False)
+        # (name, text) of finished steps, and what each worker has unfinished.
+        self.history, self.current = [], dict(start["opening"])
         self.names = list(start["opening"])  # in the order in which they came: a colour each
         self.passes, self.tokens, self.seconds, self.view = 0, 0, 0.0, 0
         self.recent = deque(maxlen=50)  # (tokens, seconds) of the last passes
-        self.live = Live(console=console, auto_refresh=False, transient=True) if live else None
+        live = self.console.is_terminal and not plain
+        self.live = Live(console=self.console, auto_refresh=False, transient=True) if live else None
         self.next_refresh = 0.0
 
     def __enter__(self):
@@ -110,7 +116,8 @@ class Screen:
     def figures(self):
         """The line of figures."""
         tokens, seconds = (sum(column) for column in zip(*self.recent or [(0, 1)]))
-        return (f"pass {self.passes} · {self.tokens} tokens, {self.tokens / max(self.passes, 1):.1f} per pass · "
+        per_pass = self.tokens / max(self.passes, 1)
+        return (f"pass {self.passes} · {self.tokens} tokens, {per_pass:.1f} per pass · "
                 f"{tokens / max(seconds, 1e-9):.1f} tokens/s · "
                 f"{self.view:,} of {self.start['context']:,} tokens of context in view")
 
@@ -128,20 +135,21 @@ class Screen:
         if inner >= 12:
             for _ in self.current:
                 grid.add_column(ratio=1)
-            grid.add_row(*(Panel(self.last_lines(self.styled(name, text.strip()), inner, rows - 2), title=name,
-                                 height=rows, border_style=self.styled(name, "").style)
+            grid.add_row(*(Panel(self.last_lines(self.styled(name, text.strip()), inner, rows - 2),
+                                 title=name, height=rows, border_style=self.styled(name, "").style)
                            for name, text in self.current.items()))
         else:  # too many workers for columns: a line each, the end of what they write
             rows = len(self.current)
             for name, text in self.current.items():
                 tail = " ".join(text.split())[-max(1, width - len(name) - 3):]
                 grid.add_row(Text.assemble((f"{name}: ", "bold"), self.styled(name, tail), no_wrap=True))
-        parts = [Panel(problem, title="problem", border_style="white"), grid, Text(self.figures(), style="dim")]
+        parts = [Panel(problem, title="problem", border_style="white"), grid,
+                 Text(self.figures(), style="dim")]
         if self.start["moves"]:
-            past = Text("\n\n").join(self.styled(name, text.strip()) for name, text in self.history[-40:])
+            steps = [self.styled(name, text.strip()) for name, text in self.history[-40:]]
             room = max(3, height - rows - len(problem.split()) - 5)
-            parts.insert(1, Panel(self.last_lines(past, width - 4, room - 2), title="past steps", height=room,
-                                  border_style="white"))
+            past = self.last_lines(Text("\n\n").join(steps), width - 4, room - 2)
+            parts.insert(1, Panel(past, title="past steps", height=room, border_style="white"))
         return Group(*parts)
 
     def finish(self, ending, answer):
@@ -155,10 +163,15 @@ class Screen:
             self.console.print(Text.assemble((label, "bold"), self.styled(name, text.strip()),
                                              (SEPARATORS["dots"], "dim")), soft_wrap=True)
         answer = command.plain(answer) or "(none)"
-        self.console.print(Text.assemble("\nAnswer: ", (answer, "bold"), f"   ({ENDINGS.get(ending, ending)})"))
-        self.console.print(f"{self.passes} passes, {self.tokens} tokens: "
-                           f"{self.tokens / max(self.passes, 1):.2f} tokens per pass, "
-                           f"{self.tokens / max(self.seconds, 1e-9):.1f} tokens/s", highlight=False)
+        how = f"   ({ENDINGS.get(ending, ending)})"
+        self.console.print(Text.assemble("\nAnswer: ", (answer, "bold"), how), soft_wrap=True)
+        self.print(f"{self.passes} passes, {self.tokens} tokens: "
+                   f"{self.tokens / max(self.passes, 1):.2f} tokens per pass, "
+                   f"{self.tokens / max(self.seconds, 1e-9):.1f} tokens/s")
+
+    def print(self, line):
+        """A line of our own, as it is."""
+        self.console.print(line, markup=False, soft_wrap=True)
 
 
 class Stopping:
@@ -180,7 +193,7 @@ class Stopping:
 class Arguments:
     """Of the direct run."""
 
-    svg: str | None = command.option(None, "write the last picture as an SVG to this file, instead of playing")
+    svg: str | None = command.option(None, "write the last picture as an SVG to this file instead")
     plain: bool = command.option(False, "plain lines instead of the live display")
 
 
@@ -193,22 +206,23 @@ def main(argv=None):
     header, rows, _ = journal.read(rest.trace, "trace", ROW)
     if not rows or "opening" not in rows[0] or not isinstance(header.get("problem"), str):
         raise ValueError(f"{rest.trace!r} holds no run yet")
-    console = Console(highlight=False)
-    live = console.is_terminal and not show.plain and not show.svg
-    quiet = Console(file=open(os.devnull, "w"), record=True, width=120, height=40, force_terminal=True)
-    with Screen(header["problem"], rows[0], live, quiet if show.svg else console) as display:
-        for record in (row for row in rows if "fed" in row):
-            display.show(record)
-            if live:
-                time.sleep(record["seconds"])
+    console = None
     if show.svg:
         journal.own_picture(show.svg, b"<svg")
-        quiet.clear()
-        quiet.print(display.frame())
-        quiet.save_svg(show.svg, title="Hogwild! Inference")
+        console = Console(file=open(os.devnull, "w"), record=True, width=120, height=40,
+                          force_terminal=True)
+    with Screen(header["problem"], rows[0], show.plain or show.svg, console) as display:
+        for record in (row for row in rows if "fed" in row):
+            display.show(record)
+            if display.live:
+                time.sleep(record["seconds"])
+    if show.svg:
+        console.export_text()  # what was printed on the way is not in the picture
+        console.print(display.frame())
+        console.save_svg(show.svg, title="Hogwild! Inference")
         return 0
-    end = next((row for row in reversed(rows) if "ending" in row), {"ending": "not finished", "answer": ""})
-    display.finish(end["ending"], end["answer"])
+    ends = [row for row in rows if "ending" in row] or [{"ending": "not finished", "answer": ""}]
+    display.finish(ends[-1]["ending"], ends[-1]["answer"])
     return 0
 
 
