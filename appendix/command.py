@@ -33,9 +33,18 @@ def option(default, help):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default is not None else action.help
+
+
 class Parser(HfArgumentParser):
-    """transformers' parser of dataclasses, with one sentence instead of a page when something is
-    wrong."""
+    """transformers' parser of dataclasses, with one sentence instead of a page when something is wrong."""
+
+    def __init__(self, kinds, **others):
+        super().__init__(kinds, formatter_class=Help, **others)
 
     def error(self, message):
         """Print the sentence and exit with code 2."""
