@@ -109,24 +109,28 @@ def orders(layout, workers):
     return result
 
 
-def replay(model, layout, workers, history, separators, records):
-    """Replay the records of a run; yields the logits [writers, vocabulary] of every pass.
+WORDS = {1: ["\n\n### Work in progress (own)"]}  # what stands between the blocks of the combined layout
+WORDS[2] = ["\n\n### Work in progress (others)", " <...>", *WORDS[1]]
+
+
+def follow(model, tokenizer, layout, names, history, records):
+    """Feed what a run has fed; yields the logits [writers, vocabulary] of every pass.
 
     Args:
-        history: token ids of the prompt; separators: ids of (others), <...>, (own), as far as the layout has them.
+        names: of the workers, in order; history: token ids of the prompt.
         records: the run's passes: "fed" per worker, "closed" steps.
     """
+    workers = len(names)
     cache = NaiveCache(model, workers + 4)
     naive_pass(model, cache, [([0], history)])
     others, own, dots = workers + 1, workers + 2, workers + 3
-    if len(separators) == 3:
-        naive_pass(model, cache, [([0, others], separators[0]), ([0, others, dots], separators[1]),
-                                  ([0, others, dots, own], separators[2])])
-    elif separators:
-        naive_pass(model, cache, [([0, own], separators[0])])
-    order = orders(layout, workers)
+    if layout == "combined":
+        words = [tokenizer(text, add_special_tokens=False).input_ids for text in WORDS[min(workers, 2)]]
+        before = [[0, others], [0, others, dots], [0, others, dots, own]] if workers > 1 else [[0, own]]
+        naive_pass(model, cache, list(zip(before, words)))
+    order = dict(zip(names, orders(layout, workers)))
     for record in records:
-        yield naive_pass(model, cache, [(order[w], ids) for w, ids in record["fed"].items()])
+        yield naive_pass(model, cache, [(order[name], ids) for name, ids in record["fed"].items()])
         if layout in ("combined", "interleaved"):
             for closed in record["closed"]:
-                cache.move(1 + closed["worker"], 0)
+                cache.move(1 + names.index(closed["worker"]), 0)
