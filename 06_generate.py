@@ -68,7 +68,7 @@ class Settings:
             self.workers = NAMES[:int(self.workers[0])] * (int(self.workers[0]) <= len(NAMES))
         rules = [("workers", 1 <= len(self.workers) <= len(NAMES), f"1 to {len(NAMES)} of them"),
                  ("layout", self.layout in layouts.LAYOUTS, f"one of {', '.join(layouts.LAYOUTS)}"),
-                 ("temperature", 0 < (self.temperature or 1) < 1e9, "above 0 (no randomness: --greedy)"),
+                 ("temperature", self.temperature is None or 0 < self.temperature < 1e9, "above 0, or --greedy"),
                  ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
                  ("prompt", "{problem}" in (self.prompt or "{problem}"), "a text with {problem} in it")]
         for name, holds, wanted in rules:
@@ -435,9 +435,10 @@ def main(argv=None):
                 display.show(run.passes[-1])
         if stopping.asked:
             raise KeyboardInterrupt
-        answer = run.answer()
-        trace.add({"ending": run.ending, "answer": answer})
-    display.finish(run.ending, answer)
+        end = {"ending": run.ending, "answer": run.answer()}
+        if trace.rows[-1] != end:
+            trace.add(end)
+    display.finish(**end)
     assert all(block.length == len(ids) for block, ids in run.ids.items()) and run.passes
     where = ", ".join(f"{w.block.length} of {w.name}" for w in run.workers)
     display.print(f"[OK] each token is in the cache once: {run.history.length} in the history, {where}")

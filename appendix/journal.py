@@ -58,8 +58,8 @@ class Journal:
         theirs, self.rows, self.whole = read(path, kind, row_shape)
         for key in {**theirs, **header} if theirs else ():
             if theirs.get(key) != header.get(key) and key not in may_differ:
-                raise ValueError(f"{path!r} holds work with {key} {plain(theirs.get(key))[:200]!r}, not "
-                                 f"{header.get(key)!r}: name another file")
+                raise ValueError(f"{path!r} holds work with {key} {plain(repr(theirs.get(key)))[:200]}, "
+                                 f"not {header.get(key)!r}: name another file")
         os.ftruncate(self.file, self.whole)
         if not theirs:
             self.write({"format": f"hogwild-{kind}-2", **header})
