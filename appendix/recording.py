@@ -1,18 +1,19 @@
 r"""Appendix: encode a finished collaboration again, in one forward pass.
 
-The problem. Live, a run takes a forward pass for each token of a worker. Sometimes all tokens are known already:
-to train on a run, or to restore one whose cache was lost. Can they go through the model all at once, like the
-tokens of a plain text? There, every token sees what stands before it. Here, each token saw other lengths of other
-blocks at other distances, and most blocks have moved since.
+The problem. Live, a run takes a forward pass for each token of a worker. Sometimes all tokens are known
+already: to train on a run, or to restore one whose cache was lost. Can they go through the model all at
+once, like the tokens of a plain text? There, every token sees what stands before it. Here, each token
+saw other lengths of other blocks at other distances, and most blocks have moved since.
 
-The answer (paper, appendix B). All that a token's attention depends on, besides the keys, is its column in
-chapter 3's two tables. Keep the columns of all passes, and many passes become one. There is one catch: a step is
-first somebody's block and then a part of the history, which is *one* row of the live tables. So every step has a
-row of its own here and is stored once, as if it began at position 0; that it moved is another number in `offset`.
+The answer (paper, appendix B). All that a token's attention depends on, besides the keys, is its column
+in chapter 3's two tables. Keep the columns of all passes, and many passes become one. There is one
+catch: a step is first somebody's block and then a part of the history, which is *one* row of the live
+tables. So every step has a row of its own here and is stored once, as if it began at position 0; that it
+moved is another number in `offset`.
 
     Ledger             a cache that writes down what chapter 6's loop feeds, instead of computing it
     Recording.of(run)  a run, finished or not -> its tokens in one row, and the two tables
-    encode             Recordings -> logits, in one pass through chapter 4's attention, with gradients where wanted
+    encode             Recordings -> logits, in one pass through chapter 4's attention, with gradients
     loss               what to minimise in order to train on recorded runs
     restored           a fresh run and a trace's passes -> the run where the trace stopped
 """
@@ -33,18 +34,18 @@ layouts = import_module("03_layouts")
 query_rotation = import_module("04_query_rotation")
 
 EVENTS = {"say": 3, "add": 2, "dismiss": 2}  # what happens between two passes; how many words tell of it
-IGNORE = -100  # in `sampled`: no token was picked from these logits (the label that PyTorch's losses ignore)
+IGNORE = -100  # in `sampled`: nothing was picked from these logits (PyTorch's losses ignore this label)
 
 
 @dataclass
 class Recording:
-    """A run of N tokens, in the order in which they were fed, and R rows of steps. Tensors are int64, on the CPU."""
+    """A run of N tokens, in the order in which they were fed, and R rows of steps (int64, on a CPU)."""
 
     ids: torch.Tensor  # [N] the prompt, the separators, then what the workers fed, pass by pass
     sampled: torch.Tensor  # [N] the token that was picked from each token's logits, or IGNORE
     own: torch.Tensor  # [N] the row that each token belongs to
     lengths: list  # [R] tokens of each row
-    tables: layouts.Tables  # of all N tokens. A row's tokens have slots side by side, whenever they were fed
+    tables: layouts.Tables  # of all N tokens. A row's tokens have slots side by side
     prefill: int  # so many tokens were there before the first pass
 
     @classmethod
@@ -62,7 +63,7 @@ class Ledger(shared_cache.SharedCache):
     def __init__(self, ropes):
         super().__init__(ropes)
         self.parts, self.rows = {}, {}  # rows: as fill_tables numbers them
-        self.columns, self.last = [], []  # per pass: its tables, and where its logits belong among all tokens
+        self.columns, self.last = [], []  # per pass: its tables; which tokens its logits are of
         self.ids, self.sampled, self.own, self.prefill = [], [], [], None
 
     def block(self, capacity):
@@ -72,7 +73,7 @@ class Ledger(shared_cache.SharedCache):
         return block
 
     def move(self, source, target):
-        """As chapter 2's: the steps of `source` are the target's last ones now, and a new step begins."""
+        """As chapter 2's: the steps of `source` are the target's last ones now; a new step begins."""
         super().move(source, target)
         self.parts[target] = self.parts[target] + self.parts[source]
         self.parts[source] = [shared_cache.Block(0, source.capacity)]
@@ -107,7 +108,8 @@ class Ledger(shared_cache.SharedCache):
         steps, end = list(dict.fromkeys(step for step, _ in self.rows)), 0
         for step in steps:  # (the dots are several rows, but one step)
             step.start, end = end, end + step.length
-        offset, visible = np.zeros((2, len(self.rows), len(self.ids)), np.int64)  # [R, N]: 0 before a step begins
+        # A step that has not begun is not visible: [R, N] zeros.
+        offset, visible = np.zeros((2, len(self.rows), len(self.ids)), np.int64)
         n = 0
         for column in self.columns:
             known, new = slice(len(column.offset)), slice(n, n + len(column.position))
@@ -122,7 +124,7 @@ class Ledger(shared_cache.SharedCache):
                          len(self.ids) if self.prefill is None else self.prefill)
 
     def fill(self, encoded):
-        """Take keys and values of all steps from `encode`'s cache: the blocks hold them as if they had been live."""
+        """Take keys and values of all steps from `encode`'s cache, as if the passes had been live."""
         for memory, source in ((self.keys, encoded.keys), (self.values, encoded.values)):
             for layer, old in source.items():
                 memory[layer] = old.new_empty(old.shape[0], self.slots, old.shape[2])
@@ -139,34 +141,34 @@ class Ledger(shared_cache.SharedCache):
 
 
 def repeated(run, passes):
-    """Go through the motions of recorded passes again, without the model: (a twin of the run, its Ledger).
+    """Go through recorded passes again, without the model: (a twin of the run, its Ledger).
 
     Everything but the cache (steps, pending tokens, checks) becomes what it was.
     Raises:
-        ValueError: a pass does not follow from those before it: another model made it, or other settings.
+        ValueError: a pass does not follow from those before it: another model or other settings made it.
     """
     ledger, size = Ledger(run.cache.ropes), run.model.get_output_embeddings().weight.shape[0]
     twin = type(run)(run.model, run.tokenizer, run.problem, run.settings, ledger.forward, ledger)
     for number, past in enumerate(passes, start=1):
         for event in past["events"]:
             if len(event) != EVENTS.get("".join(event[:1])):
-                raise ValueError(f"pass {number} of the trace has an event that this program does not know")
-            getattr(twin, event[0])(*event[1:])
+                raise ValueError(f"pass {number} of the trace has an event that is unknown here")
+            getattr(guests, event[0])(twin, *event[1:])
         tokens = [past["sampled"].get(w.name, -1) for w in twin.next_writers()]
         column = len(ledger.columns)
         if not twin.ending and all(0 <= token < size for token in tokens):
             twin.advance(tokens)["seconds"] = past["seconds"]
             ledger.label(tokens, column)
         if twin.passes[number - 1:] != [past]:
-            raise ValueError(f"pass {number} of the trace does not follow from those before it: it was made by "
-                             "another model, or with other settings")
+            raise ValueError(f"pass {number} of the trace does not follow from those before it: it was "
+                             "made by another model, or with other settings")
     return twin, ledger
 
 
 def restored(run, passes):
-    """A fresh run, brought to where another one stopped, given that one's `passes`. Errors as of `repeated`."""
+    """A fresh run, another one's passes -> the run where that one stopped. Errors as of `repeated`."""
     if len(passes) > run.settings.max_passes:
-        raise ValueError(f"the run has taken {len(passes)} passes already: max_passes has to be as many at least")
+        raise ValueError(f"the run has taken {len(passes)} passes already: max_passes has to be as many")
     twin, ledger = repeated(run, passes)
     recording = ledger.recording()
     recording.sampled.fill_(IGNORE)  # no logits are needed
@@ -183,12 +185,12 @@ def resumed(run, trace):
     Raises:
         ValueError: the trace began with another prompt or other weights; or as of `repeated`.
     """
-    start = {"prompt": run.prompt, "opening": {w.name: w.text for w in run.workers}, "moves": run.layout.moves,
-             "context": run.context, "weights": models.fingerprint(run.model)}
+    start = {"prompt": run.prompt, "opening": {w.name: w.text for w in run.workers},
+             "moves": run.layout.moves, "context": run.context, "weights": models.fingerprint(run.model)}
     if not trace.rows:
         trace.add(start)
     elif trace.rows[0] != start:
-        raise ValueError(f"{trace.path!r} began with another prompt, or other weights: name another file")
+        raise ValueError(f"{trace.path!r} began with another prompt or other weights: name another")
     passes = [row for row in trace.rows if "fed" in row]
     return restored(run, passes) if passes else run
 
@@ -196,9 +198,9 @@ def resumed(run, trace):
 # ------------------------------------------------------------------------------------------ one pass
 
 def pieces_of(recording, base, size):
-    """The tables in pieces of at most `size` tokens, with the rows that these see. `base`: the first slot.
+    """The tables in pieces of at most `size` tokens, with the rows that these see. `base`: first slot.
 
-    No piece has tokens of the prompt and of workers: the former would be rotated for all rows of the latter.
+    No piece has tokens of both prompt and workers: the prompt's would be rotated for all rows.
     """
     tables, total = recording.tables, len(recording.ids)
     firsts = [*range(0, recording.prefill, size), *range(recording.prefill, total, size)]
@@ -209,8 +211,8 @@ def pieces_of(recording, base, size):
 
 
 def frugal_attention(q, k, v, tables, *others):
-    """Chapter 4's attention that keeps nothing but its queries: scores are computed again for the gradient."""
-    def attend(queries):  # with a copy of the tables, so that what is derived from them is not kept either
+    """Chapter 4's attention, but it keeps queries alone: scores are computed again for gradients."""
+    def attend(queries):  # with a copy of the tables: what is derived from them is not kept either
         return query_rotation.attention(queries, k, v, replace(tables), *others)
     return checkpoint(attend, q, use_reentrant=False, preserve_rng_state=False)
 
@@ -223,7 +225,7 @@ def encode(model, ropes, recordings, size=256, frugal=True):
     Args:
         model: attached to the shared cache; ropes: what query_rotation.attach returned.
         recordings: a list of Recordings, the batch.
-        size: so many queries attend at a time; frugal: see frugal_attention. Both change memory and time alone.
+        size: so many queries attend at a time; frugal: see there. Both change memory and time alone.
     Returns:
         (logits [M, vocabulary] of the M tokens from which one was sampled, in their order;
         a SharedCache with keys and values of all tokens: a recording's behind those of the one before)
@@ -233,14 +235,15 @@ def encode(model, ropes, recordings, size=256, frugal=True):
     query_rotation.check_attached(model)
     bases = [0, *accumulate(len(recording.ids) for recording in recordings)]
     if not bases[-1] or size < 1:
-        raise ValueError(f"there is nothing to encode in {len(recordings)} recordings with pieces of {size} tokens")
+        raise ValueError(f"nothing to encode in {len(recordings)} recordings, pieces of {size} tokens")
     cache = shared_cache.SharedCache(ropes)
     cache.block(bases[-1])
     cache.new_slots = torch.cat([base + recording.tables.start[recording.own] + recording.tables.position
                                  for base, recording in zip(bases, recordings)])  # [N]
-    pieces = [piece for base, recording in zip(bases, recordings) for piece in pieces_of(recording, base, size)]
-    ids, position, sampled = (torch.cat(parts).to(model.device) for parts in zip(*(
-        (recording.ids, recording.tables.position, recording.sampled) for recording in recordings)))  # [N] each
+    pieces = [piece for base, recording in zip(bases, recordings)
+              for piece in pieces_of(recording, base, size)]
+    ids, position, sampled = (torch.cat(parts).to(model.device) for parts in zip(*(  # [N] each
+        (recording.ids, recording.tables.position, recording.sampled) for recording in recordings)))
     function = frugal_attention if frugal and torch.is_grad_enabled() else query_rotation.attention
     output = model(ids[None], position_ids=position[None], past_key_values=cache, use_cache=True,
                    logits_to_keep=(sampled != IGNORE).nonzero()[:, 0], hogwild=(cache, pieces, function))
@@ -248,7 +251,7 @@ def encode(model, ropes, recordings, size=256, frugal=True):
 
 
 def loss(model, ropes, recordings, **options):
-    """Mean cross-entropy (nats) of the workers' own tokens, given what each saw when it chose. A scalar tensor.
+    """Mean cross-entropy (nats, a scalar tensor) of the workers' own tokens, given what each then saw.
 
     Raises:
         ValueError: no token was sampled in these recordings.
@@ -257,5 +260,5 @@ def loss(model, ropes, recordings, **options):
     sampled = torch.cat([recording.sampled for recording in recordings])
     sampled = sampled[sampled != IGNORE]  # [M]
     if not len(sampled):
-        raise ValueError("nothing was sampled in these recordings, so there is nothing to learn from them")
+        raise ValueError("nothing was sampled in these recordings: there is nothing to learn from them")
     return F.cross_entropy(logits.float(), sampled.to(logits.device))

@@ -141,7 +141,8 @@ def test_the_command_line_goes_on_with_what_was_killed(smollm, tmp_path, monkeyp
     # a run that is over can be given more passes
     capsys.readouterr()
     assert call(*arguments, "--max-passes", 18, "--save", killed) == 0
-    assert "[OK] 18 passes" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "\n18 passes, " in shown and "\n[OK] " in shown
     assert [sum("fed" in row for row in rows(path)) for path in (killed, whole)] == [18, 14]
 
 
