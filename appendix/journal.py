@@ -8,7 +8,6 @@ with the next line.
 """
 import json
 import os
-import stat
 import sys
 from pathlib import Path
 
@@ -40,31 +39,38 @@ class Journal:
         self.file, self.waiting, self.complained = None, b"", False  # waiting: did not fit on the disk
         if path is None:
             return
-        # The file itself is locked, not one beside it, which might be somebody's; and links are not
-        # followed.
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        self.file = self.open()
         try:
-            self.file = os.open(path, flags, 0o666)
-            if not stat.S_ISREG(os.fstat(self.file).st_mode):
-                raise OSError("it is not an ordinary file")
-            if fcntl:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process writes to {path!r}: wait, or name another") from error
-        except OSError as error:
-            why = "it is a link" if os.path.islink(path) else error.strerror or error
-            raise ValueError(f"{path!r} cannot be written ({why}): name a file in a folder of "
-                             "yours that exists") from error
-        theirs, self.rows, self.whole = read(path, kind, row_shape)
-        for key in {**theirs, **header} if theirs else ():
-            if theirs.get(key) != header.get(key) and key not in may_differ:
-                raise ValueError(f"{path!r} holds work with {key} {plain(repr(theirs.get(key)))[:200]}, "
-                                 f"not {header.get(key)!r}: name another file")
-        os.ftruncate(self.file, self.whole)
-        if not theirs:
-            self.write({"format": f"hogwild-{kind}-2", **header})
+            theirs, self.rows, self.whole = read(path, kind, row_shape)
+            for key in {**theirs, **header} if theirs else ():
+                if theirs.get(key) != header.get(key) and key not in may_differ:
+                    found = plain(repr(theirs.get(key)))[:200]
+                    raise ValueError(f"{path!r} holds work with {key} {found}, not {header.get(key)!r}: "
+                                     "name another file")
+            os.ftruncate(self.file, self.whole)
+            if not theirs:
+                self.write({"format": f"hogwild-{kind}-2", **header})
             if self.waiting:
                 raise ValueError(f"{path!r} cannot be written: {self.complained}")
+        except BaseException:
+            os.close(self.file)
+            raise
+
+    def open(self):
+        """The file, locked: itself, not one beside it, which may be somebody's. No link is followed."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            file = os.open(self.path, flags, 0o666)
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError as error:
+            os.close(file)
+            raise ValueError(f"another process writes to {self.path!r}: name another file") from error
+        except OSError as error:
+            why = "it is a link" if os.path.islink(self.path) else error.strerror
+            raise ValueError(f"{self.path!r} cannot be written ({why}): name a file in a folder "
+                             "of yours") from error
 
     def add(self, row):
         """Keep a row."""
@@ -73,8 +79,7 @@ class Journal:
             self.write(row)
 
     def write(self, row):
-        """Append a line, and what is waiting before it. If that fails, the file ends with its last whole
-        line."""
+        """Append what is waiting, and a row. If that fails, the file ends with its last whole line."""
         self.waiting += (json.dumps(row, ensure_ascii=False) + "\n").encode()
         try:
             done = 0
@@ -151,8 +156,7 @@ def matches(value, shape):
 
 
 def own_picture(path, magic):
-    """Raise ValueError unless `path` can be written and is new, or a file of this kind (it begins with
-    `magic`)."""
+    """Raise ValueError unless `path` is new and can be made, or is a file that begins with `magic`."""
     try:
         with open(path, "rb") as file:
             if not file.read(len(magic)).startswith(magic) or os.path.islink(path):

@@ -15,10 +15,10 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Console
+from rich.layout import Layout
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -121,36 +121,34 @@ class Screen:
                 f"{tokens / max(seconds, 1e-9):.1f} tokens/s · "
                 f"{self.view:,} of {self.start['context']:,} tokens of context in view")
 
-    def last_lines(self, text, columns, lines):
-        """The end of a text, as much of it as fits."""
-        return Text("\n").join(text.wrap(self.console, max(1, columns))[-max(1, lines):])
+    def tail(self, texts, columns, rows):
+        """The end of these texts, as much of it as fits."""
+        lines = Text("\n\n").join(texts).wrap(self.console, max(1, columns))
+        return Text("\n").join(lines[-max(1, rows):])
 
     def frame(self):
         """What the terminal shows now."""
         width, height = self.console.size
-        problem = Text(self.problem, style="bold", no_wrap=False)
-        problem = Text("\n").join(problem.wrap(self.console, width - 4)[:max(1, height // 8)])
-        rows = max(5, (height - len(problem.split()) - 8) // (2 if self.start["moves"] else 1))
-        grid, inner = Table.grid(expand=True), width // max(1, len(self.current)) - 4
-        if inner >= 12:
-            for _ in self.current:
-                grid.add_column(ratio=1)
-            grid.add_row(*(Panel(self.last_lines(self.styled(name, text.strip()), inner, rows - 2),
-                                 title=name, height=rows, border_style=self.styled(name, "").style)
-                           for name, text in self.current.items()))
-        else:  # too many workers for columns: a line each, the end of what they write
-            rows = len(self.current)
-            for name, text in self.current.items():
-                tail = " ".join(text.split())[-max(1, width - len(name) - 3):]
-                grid.add_row(Text.assemble((f"{name}: ", "bold"), self.styled(name, tail), no_wrap=True))
-        parts = [Panel(problem, title="problem", border_style="white"), grid,
-                 Text(self.figures(), style="dim")]
-        if self.start["moves"]:
-            steps = [self.styled(name, text.strip()) for name, text in self.history[-40:]]
-            room = max(3, height - rows - len(problem.split()) - 5)
-            past = self.last_lines(Text("\n\n").join(steps), width - 4, room - 2)
-            parts.insert(1, Panel(past, title="past steps", height=room, border_style="white"))
-        return Group(*parts)
+        rows = max(5, (height - 6) // (2 if self.start["moves"] else 1))  # of what is being written
+        columns = width // max(1, len(self.current)) - 4
+        wide = columns >= 12  # else there are too many workers for columns: a line each
+        now = []
+        for name, text in self.current.items():
+            text = self.styled(name, text.strip())
+            if wide:
+                end = self.tail([text], columns, rows - 2)
+                now.append(Panel(end, title=name, border_style=text.style))
+            else:
+                end = self.tail([text], width - len(name) - 3, 1)
+                now.append(Text.assemble((f"{name}: ", "bold"), end))
+        picture, below = Layout(), Layout(size=rows if wide else len(now))
+        (below.split_row if wide else below.split_column)(*map(Layout, now))
+        past = [self.styled(name, text.strip()) for name, text in self.history[-40:]]
+        past = Panel(self.tail(past, width - 4, height - rows - 8), title="past steps")
+        problem = Panel(self.tail([Text(self.problem, "bold")], width - 4, 3), title="problem")
+        picture.split_column(Layout(problem, size=5), Layout(past, visible=self.start["moves"]), below,
+                             Layout(Text(self.figures(), "dim"), size=1))
+        return picture
 
     def finish(self, ending, answer):
         """Print what has not been printed yet, the answer, and a line of figures."""
