@@ -35,12 +35,12 @@ def draw(png, title, budgets, table):
 
     table: method -> {"accuracy": [budgets] shares, "seconds": [budgets], "count": of problems}.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.5), sharey=True, layout="constrained")
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, label in zip(axes, ("sequential forward passes", "mean seconds per problem, where it ran")):
-        axis.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
+        axis.set_prop_cycle(color=colormaps["tab20"].colors)
         axis.set(xlabel=label, ylabel="accuracy, with 95 % intervals")
         axis.grid(alpha=0.3)
         for method, row in table.items():
@@ -49,7 +49,7 @@ def draw(png, title, budgets, table):
             line, = axis.plot(x, row["accuracy"], style, label=f"{method} (n = {row['count']})")
             span = interval(row["accuracy"], row["count"])
             axis.fill_between(x, *span, color=line.get_color(), alpha=0.06)
+    axes[0].set_xticks(budgets)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.suptitle(title)
     figure.savefig(png, dpi=130)
-    pyplot.close(figure)
