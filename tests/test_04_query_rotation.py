@@ -1,5 +1,7 @@
-"""Chapter 4: the fast function against a spelled-out oracle, its gradients, and whole models through the hooks."""
+"""Chapter 4: the fast function against a spelled-out oracle, its gradients, whole models through the
+hooks, and several runs in one pass."""
 import copy
+from functools import lru_cache
 from importlib import import_module
 
 import pytest
@@ -24,20 +26,21 @@ rope = import_module("01_rope_shift")
 
 
 def place(x, positions, inv_freq, last):
-    """The oracle's own rotation, as complex numbers in float64: x [heads, S, D] turned to `positions` [S]."""
-    half, x = len(inv_freq), x.double()
+    """The oracle's rotation, complex numbers in float64: x [heads, S, D] rotated to `positions` [S]."""
+    half, out = len(inv_freq), x.double().clone()
     first = x.shape[-1] - 2 * half if last else 0
-    pairs = torch.complex(x[..., first:first + half], x[..., first + half:first + 2 * half])
-    turned = pairs * torch.polar(torch.ones(1, dtype=torch.float64), positions.double()[:, None] * inv_freq)
-    out = x.clone()
-    out[..., first:first + half], out[..., first + half:first + 2 * half] = turned.real, turned.imag
+    a, b = slice(first, first + half), slice(first + half, first + 2 * half)
+    angles = positions.double()[:, None] * inv_freq  # [S, R/2]
+    rotated = torch.complex(out[..., a], out[..., b]) * torch.exp(1j * angles)
+    out[..., a], out[..., b] = rotated.real, rotated.imag
     return out
 
 
 def naive(q, k, v, views, index, worker, inv_freq, last, scale, window):
-    """Lay out each token's view slot by slot, at absolute positions, and attend: float64, one plain softmax.
+    """Lay out each token's view slot by slot, at absolute positions, and attend: float64, one softmax.
 
-    `views[w]`: the (start, length) of each block in worker w's order, its own block last; `index[n]`: in-block index.
+    `views[w]`: the (start, length) of each block in worker w's order, its own block last; `worker[n]`:
+    who writes token n; `index[n]`: its in-block index.
     """
     outputs = []
     for n in range(q.shape[1]):
@@ -46,11 +49,14 @@ def naive(q, k, v, views, index, worker, inv_freq, last, scale, window):
         slots = torch.tensor([start + j for start, length in spans for j in range(length)])
         stored = torch.tensor([j for _, length in spans for j in range(length)])
         here = torch.arange(len(slots))
-        keys = place(place(k[:, slots], -stored, inv_freq, last), here, inv_freq, last)  # from in-block to in-view
-        query = place(place(q[:, n:n + 1], torch.tensor([-p]), inv_freq, last), torch.tensor([own + p]), inv_freq, last)
+        keys = place(k[:, slots], -stored, inv_freq, last)  # [Hk, slots, D]: from in-block indices ...
+        keys = place(keys, here, inv_freq, last)  # ... to in-view ones
+        query = place(q[:, n:n + 1], torch.tensor([-p]), inv_freq, last)  # [Hq, 1, D]: the same
+        query = place(query, torch.tensor([own + p]), inv_freq, last)
         seen = (here <= own + p) & (own + p - here < (window or 10**9))
         group = q.shape[0] // k.shape[0]
-        keys, values = keys[:, seen].repeat_interleave(group, 0), v[:, slots[seen]].double().repeat_interleave(group, 0)
+        keys = keys[:, seen].repeat_interleave(group, 0)  # [Hq, slots, D]
+        values = v[:, slots[seen]].double().repeat_interleave(group, 0)  # [Hq, slots, Dv]
         outputs.append((scale * query @ keys.transpose(1, 2)).softmax(-1) @ values)
     return torch.cat(outputs, 1)
 
@@ -60,38 +66,42 @@ def cases(draw):
     """A random memory with random views: (seed, tensors' shapes, blocks, views, new tokens)."""
     workers, extra = draw(st.integers(1, 4)), draw(st.integers(0, 3))
     new = draw(st.lists(st.integers(0, 5), min_size=workers, max_size=workers).filter(sum))
-    old = draw(st.lists(st.sampled_from([0, 0, 1, 2, 9, 40, 300]), min_size=workers + extra, max_size=workers + extra))
-    heads, group, half = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 5])), draw(st.sampled_from([2, 4, 8]))
+    old = draw(st.lists(st.sampled_from([0, 0, 1, 2, 9, 40, 300]), min_size=workers + extra,
+                        max_size=workers + extra))
+    heads, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 5]))
+    half = draw(st.sampled_from([2, 4, 8]))
     size = 2 * half + draw(st.sampled_from([0, 0, 6]))
     views = []
     for w in range(workers):
         others = [b for b in range(workers + extra) if b != w]
-        views.append([*draw(st.lists(st.sampled_from(others), max_size=5) if others else st.just([])), w])
-    window = draw(st.sampled_from([None, None, 1, 7, 50, 400]))
-    return draw(st.integers(0, 2**31)), new, old, heads, group, half, size, views, window, draw(st.booleans())
+        seen = st.lists(st.sampled_from(others), max_size=5) if others else st.just([])
+        views.append([*draw(seen), w])
+    window, last = draw(st.sampled_from([None, None, 1, 7, 50, 400])), draw(st.booleans())
+    return draw(st.integers(0, 2**31)), new, old, heads, group, half, size, views, window, last
 
 
 def build(case, dtype=torch.float32):
-    """Tensors and tables of a case; a block that stands several times in a view becomes several rows."""
+    """(arguments of an attention function, the oracle's result); a case is what `cases` draws.
+
+    The tables have rows for the views of those who write nothing, too: nobody sees these rows.
+    """
     seed, new, old, heads, group, half, size, views, window, last = case
     torch.manual_seed(seed)
-    cache = shared_cache.SharedCache([o + max(new) + 1 for o in old], ropes=[])
-    writing = [w for w in range(len(new)) if new[w]]
-    cache.append({b: length for b, length in enumerate(old)})
-    cache.append({w: new[w] for w in writing})
-    rows, row_views = [], []
-    for view in views:  # rows of its own for every view: tables must not care
-        row_views.append([*range(len(rows), len(rows) + len(view))])
-        rows += [cache.blocks[b] for b in view]
-    tables = layouts.fill_tables(rows, [(row_views[w], new[w]) for w in writing])
+    cache, writing = shared_cache.SharedCache(ropes=[]), [w for w in range(len(new)) if new[w]]
+    blocks = [cache.block(length + max(new) + 1) for length in old]
+    cache.reserve(list(zip(blocks, old)))
+    cache.reserve([(blocks[w], new[w]) for w in writing])
+    of_blocks = [[blocks[b] for b in view] for view in views]
+    rows = layouts.number_rows(of_blocks[::-1], {})
+    tables = layouts.fill_tables([(of_blocks[w], new[w]) for w in writing], rows)
     q = torch.randn(heads * group, sum(new), size, dtype=dtype)
-    k, v = torch.randn(heads, cache.slots, size, dtype=dtype), torch.randn(heads, cache.slots, size + 2, dtype=dtype)
+    k, v = (torch.randn(heads, cache.slots, width, dtype=dtype) for width in (size, size + 2))
     used = torch.zeros(cache.slots, dtype=torch.bool)
-    for block in cache.blocks:
+    for block in blocks:
         used[block.start:block.start + block.length] = True
     k[:, ~used], v[:, ~used] = float("nan"), float("nan")  # memory that nobody wrote must not be read
     rotation = rope.Rope(10.0 ** -torch.arange(half).double(), rotates_last=last)
-    spans = [[(cache.blocks[b].start, cache.blocks[b].length) for b in view] for view in views]
+    spans = [[(block.start, block.length) for block in view] for view in of_blocks]
     worker = [w for w in writing for _ in range(new[w])]
     index = [old[w] + i for w in writing for i in range(new[w])]
     arguments = (q, k, v, tables, rotation, size ** -0.5, window)
@@ -101,7 +111,7 @@ def build(case, dtype=torch.float32):
 @settings(deadline=None, max_examples=100)
 @given(cases())
 def test_both_functions_equal_the_oracle(case):
-    """Any blocks, orders, repetitions, ragged input, head ratios, windows: float32 within 1e-5 of float64.
+    """Any blocks, orders, repetitions, ragged input, groups, windows: float32 within 1e-5 of float64.
 
     1e-5: outputs are of size 1, and float32 sums of a few hundred terms keep 1e-6.
     """
@@ -109,7 +119,7 @@ def test_both_functions_equal_the_oracle(case):
     for function in (attend.attention, attend.attention_spec):
         result = function(*arguments)
         error = (result - expected).abs()
-        assert error.max() <= 1e-5, f"{function.__name__}: max {error.max():.1e}, mean {error.mean():.1e}"
+        assert error.max() <= 1e-5, f"{function}: max {error.max():.1e}, mean {error.mean():.1e}"
 
 
 @settings(deadline=None, max_examples=40)
@@ -117,7 +127,8 @@ def test_both_functions_equal_the_oracle(case):
 def test_half_precision_loses_only_its_own_bits(case, dtype):
     """bfloat16 keeps 8 bits, float16 11: weights and outputs are rounded once each, scores not at all.
 
-    So the error stays within a few units in the last place of the largest value (about 4): 3 * 4 * 2^-9 and 2^-12.
+    So the error stays within a few units in the last place of the largest value (about 4): 3 * 4 * 2^-9
+    and 3 * 4 * 2^-12.
     """
     arguments, expected = build(case, dtype)
     result = attend.attention(*arguments)
@@ -129,7 +140,7 @@ def test_half_precision_loses_only_its_own_bits(case, dtype):
 @settings(deadline=None, max_examples=25)
 @given(cases())
 def test_gradients_equal_those_of_the_oracle(case):
-    """The gradients with respect to queries, keys and values are those of the spelled-out computation."""
+    """Gradients with respect to queries, keys and values are those of the spelled-out computation."""
     (q, k, v, tables, rotation, scale, window), _ = build(case)
     q, k, v = (x.nan_to_num().requires_grad_() for x in (q, k, v))
     loss_weights = torch.randn(q.shape[0], q.shape[1], v.shape[2])
@@ -142,84 +153,167 @@ def test_gradients_equal_those_of_the_oracle(case):
     assert gradients[0][2].abs().max() > 0.01
 
 
-TINY = dict(vocab_size=256, hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=6,
-            num_key_value_heads=2, max_position_embeddings=2048)
+TINY = {"vocab_size": 256, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 2048}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+LATENT = {**TINY, "num_key_value_heads": 6, "q_lora_rank": None, "kv_lora_rank": 16,
+          "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10}
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+           "moe_intermediate_size": 16, "first_k_dense_replace": 1}
 CONFIGS = {
-    "llama": LlamaConfig(**TINY, head_dim=16), "yarn": LlamaConfig(**TINY, head_dim=16, rope_parameters=YARN),
+    "llama": LlamaConfig(**TINY, head_dim=16),
+    "yarn": LlamaConfig(**TINY, head_dim=16, rope_parameters=YARN),
     "qwen2-window": Qwen2Config(**TINY, use_sliding_window=True, sliding_window=16, max_window_layers=2),
-    "qwen3": Qwen3Config(**TINY, head_dim=16), "phi3": Phi3Config(**TINY, pad_token_id=0, sliding_window=20),
-    "gemma3": Gemma3TextConfig(**TINY, head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 2),
-    "deepseek": DeepseekV3Config(**{**TINY, "num_key_value_heads": 6}, q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=8,
-                                 qk_nope_head_dim=12, v_head_dim=10, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
-                                 topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1),
+    "qwen3": Qwen3Config(**TINY, head_dim=16),
+    "phi3": Phi3Config(**TINY, pad_token_id=0, sliding_window=20),
+    "gemma3": Gemma3TextConfig(**TINY, head_dim=16, sliding_window=16,
+                               layer_types=["sliding_attention", "full_attention"] * 2),
+    "deepseek": DeepseekV3Config(**LATENT, **EXPERTS),
 }
+
+
+IDS = torch.randint(1, 256, (90,), generator=torch.Generator().manual_seed(1))
+
+
+@lru_cache
+def make(name):
+    """(a random model, the Rope of each of its layers, its logits of IDS with its own attention)."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(5)  # attention matters then
+    stock = model(IDS[None]).logits[0]
+    return model, attend.attach(model), stock
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_text_in_many_blocks_equals_the_stock_model(name):
-    """A text cut into blocks, written over several ragged passes and moved around, has the stock model's logits."""
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval().requires_grad_(False)
-    ids = torch.randint(1, 256, (90,))
-    stock = model(ids[None]).logits[0]
-    cache = shared_cache.SharedCache([90, 40, 40], attend.attach(model))
-    logits = torch.zeros_like(stock)
+    """Cut into blocks, written over several ragged passes and moved around: the stock model's logits."""
+    model, ropes, stock = make(name)
+    cache, logits = shared_cache.SharedCache(ropes), torch.zeros_like(stock)
+    zero, one, two = map(cache.block, (90, 40, 40))
 
-    def write(b, view, first, count):
-        cache.append({b: count})
-        tables = layouts.fill_tables(cache.blocks, [(view, count)])
-        logits[first:first + count] = attend.forward(model, cache, tables, ids[first:first + count], range(count))
+    def write(view, first, count):
+        cache.reserve([(view[-1], count)])
+        tables, ids = layouts.fill_tables([(view, count)]), IDS[first:first + count]
+        logits[first:first + count] = attend.forward(model, cache, [tables], ids, range(count))
 
-    write(0, [0], 0, 30)
-    write(1, [0, 1], 30, 13)
-    write(2, [0, 1, 2], 43, 1)
-    cache.move(1, 0)  # block 2 now follows block 0 directly
-    write(2, [0, 2], 44, 20)
-    cache.move(2, 0)
-    write(1, [0, 1], 64, 26)
+    write([zero], 0, 30)
+    write([zero, one], 30, 13)
+    write([zero, one, two], 43, 1)
+    cache.move(one, zero)  # block two now follows block zero directly
+    write([zero, two], 44, 20)
+    cache.move(two, zero)
+    write([zero, one], 64, 26)
     assert (logits - stock).abs().max() < 1e-4 * stock.abs().max() and stock.abs().max() > 0.1
 
 
+@st.composite
+def teams(draw):
+    """A run: (layout, tokens of its prompt, new tokens of each worker in each of three passes)."""
+    workers = draw(st.integers(1, 4))
+    counts = st.lists(st.integers(0, 4), min_size=workers, max_size=workers)
+    passes = draw(st.lists(counts, min_size=3, max_size=3))
+    return draw(st.sampled_from([*layouts.LAYOUTS])), draw(st.integers(1, 30)), passes
+
+
+class Team:
+    """A run on a shared cache: what it feeds, pass by pass, and the logits that it got."""
+
+    def __init__(self, cache, team, seed):
+        self.cache, self.logits, (name, self.prompt, self.counts) = cache, [], team
+        self.layout, self.generator = layouts.LAYOUTS[name], torch.Generator().manual_seed(seed)
+        self.history = cache.block(60)
+        self.words = {word: cache.block(2) for word in self.layout.separators(len(self.counts[0]))}
+        self.own = [cache.block(12) for _ in self.counts[0]]
+
+    def writers(self, number):
+        """Pairs (view, count): the prompt and the separators first, then what the workers write."""
+        if number == 0:
+            words = list(self.words.values())
+            return [([self.history], self.prompt),
+                    *(([self.history, *words[:i + 1]], 2) for i in range(len(words)))]
+        if number == 2 and self.layout.moves:
+            self.cache.move(self.own[0], self.history)
+        views = [self.layout.view(self.history, own, [other for other in self.own if other is not own],
+                                  self.words) for own in self.own]
+        return [(view, count) for view, count in zip(views, self.counts[number - 1]) if count]
+
+
+    def contents(self):
+        """Keys and values of all blocks with something in them, as a list of [Hk, length, D or Dv]."""
+        blocks = [self.history, *self.words.values(), *self.own]
+        spans = [slice(block.start, block.start + block.length) for block in blocks if block.length]
+        return [layer[:, span] for memory in (self.cache.keys, self.cache.values)
+                for layer in memory.values() for span in spans]
+
+
+def play(name, teams, seeds):
+    """Let runs share every pass, whoever of them has something to write. Returns their Teams."""
+    model, ropes, _ = make(name)
+    cache = shared_cache.SharedCache(ropes)
+    teams = [Team(cache, team, seed) for team, seed in zip(teams, seeds)]
+    for number in range(4):
+        writers = {team: team.writers(number) for team in teams}
+        writers = {team: pairs for team, pairs in writers.items() if pairs}
+        sizes = [sum(count for _, count in pairs) for pairs in writers.values()]
+        if sizes:
+            cache.reserve([(view[-1], count) for pairs in writers.values() for view, count in pairs])
+            tables = [layouts.fill_tables(pairs) for pairs in writers.values()]
+            ids = torch.cat([torch.randint(1, 256, (size,), generator=team.generator)
+                             for team, size in zip(writers, sizes)])
+            logits = attend.forward(model, cache, tables, ids, range(sum(sizes)))
+            for team, part in zip(writers, logits.split(sizes)):
+                team.logits.append(part)
+    return teams
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from([*CONFIGS]), st.lists(teams(), min_size=2, max_size=5))
+def test_several_runs_in_one_pass_get_what_each_gets_alone(name, several):
+    """Any layouts, lengths, numbers of workers, pauses: each run has the logits that it has alone, and
+    writes the same keys and values."""
+    for seed, together in enumerate(play(name, several, range(len(several)))):
+        alone, = play(name, [several[seed]], [seed])
+        for ours, theirs in zip(together.logits, alone.logits, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-4 and theirs.abs().max() > 1
+        ours, theirs = together.contents(), alone.contents()
+        assert len(ours) == len(theirs) > 0
+        assert all((one - other).abs().max() <= 1e-4 for one, other in zip(ours, theirs))
+
+
 def test_models_that_would_be_answered_wrongly_are_refused():
-    """Interleaved or missing rotation, soft-capped scores: an error of one sentence, never a wrong answer."""
+    """Interleaved or missing rotation, soft-capped scores: one sentence, never a wrong answer."""
     from transformers import CohereConfig, FalconConfig, Gemma2Config, SmolLM3Config
-    tokens = dict(eos_token_id=1, bos_token_id=1, pad_token_id=0)
+    tokens = {"eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0}
+    small = {"vocab_size": 256, "num_hidden_layers": 2}
+    falcon = FalconConfig(**small, hidden_size=48, num_attention_heads=6)
     refused = [(CohereConfig(**TINY, **tokens), "does not turn"),
                (SmolLM3Config(**TINY, **tokens, no_rope_layers=[1, 1, 0, 1]), "does not turn"),
-               (FalconConfig(vocab_size=256, hidden_size=48, num_hidden_layers=2, num_attention_heads=6), "does not attend"),
-               (Gemma2Config(**TINY, head_dim=16), "softcap")]
+               (falcon, "does not attend"), (Gemma2Config(**TINY, head_dim=16), "softcap"),
+               (LlamaConfig(**{**TINY, "num_hidden_layers": 0}), "no layers")]
     for config, word in refused:
         with pytest.raises(ValueError, match=word) as refusal:
             attend.attach(AutoModelForCausalLM.from_config(config).eval())
         assert "\n" not in str(refusal.value)
-    quarter = GPTNeoXConfig(vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    assert len(attend.attach(AutoModelForCausalLM.from_config(quarter).eval())) == 2  # a quarter of each head turns: fine
+    quarter = GPTNeoXConfig(**small, hidden_size=64, intermediate_size=64, num_attention_heads=4)
+    model = AutoModelForCausalLM.from_config(quarter).eval()
+    assert len(attend.attach(model)) == 2  # a quarter of each head rotates: fine
 
 
 def test_an_attached_model_explains_itself():
-    """Called without the shared cache, the model says how to get its own attention back, and that works."""
+    """Called without the shared cache, it says how to get its own attention back, and that works; then
+    forward() says that the model does not attend through the shared cache any more."""
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"])).eval()
     before = model(torch.arange(9)[None]).logits
-    attend.attach(model)
+    cache = shared_cache.SharedCache(attend.attach(model))
     with pytest.raises(RuntimeError, match="set_attn_implementation"):
         model(torch.arange(9)[None])
     model.set_attn_implementation("sdpa")
     assert torch.equal(model(torch.arange(9)[None]).logits, before)
-
-
-def test_packed_weights_multiply_like_the_originals():
-    """pack_linears changes rounding only, in float32 and bfloat16, and leaves other dtypes alone."""
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 0)):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 32, bias=False)).to(dtype)
-        for rows in (1, 2, 4, 300):
-            x = torch.randn(1, rows, 64, dtype=dtype)
-            for linear in model:
-                linear.__dict__.pop("forward", None)
-            before = model(x)
-            after = shared_cache.pack_linears(model)(x)
-            assert (after - before).abs().max() <= tolerance and before.abs().max() > 0.1
+    with pytest.raises(ValueError, match="does not attend through the shared cache"):
+        attend.forward(model, cache, [layouts.fill_tables([])], [], [])
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
