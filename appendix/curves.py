@@ -9,14 +9,14 @@ def interval(share, count):
     return (middle - spread) / (1 + z * z), (middle + spread) / (1 + z * z)
 
 
-def difference(scores, baseline, draws=2000):
+def difference(scores, baseline):
     """Mean of score minus baseline's over the same problems, and its 95 % interval: (mean, low, high).
 
     The interval is where the mean falls when problems are drawn anew from those that there are
     (bootstrap).
     """
     pairs = np.subtract(scores, baseline)  # [problems]
-    means = np.random.default_rng(0).choice(pairs, (draws, len(pairs))).mean(1)  # [draws]
+    means = np.random.default_rng(0).choice(pairs, (2000, len(pairs))).mean(1)  # [2000]
     return pairs.mean(), *np.quantile(means, [0.025, 0.975])
 
 
@@ -27,7 +27,6 @@ def passes_to_reach(level, budgets, accuracy):
     for (before, low), (after, high) in zip(points, points[1:]):
         if low < level <= high:
             return before + (level - low) / (high - low) * (after - before)
-    return None
 
 
 def draw(png, title, budgets, table):
@@ -39,17 +38,17 @@ def draw(png, title, budgets, table):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, label in zip(axes, ("sequential forward passes", "mean seconds per problem, where it ran")):
+    labels = "sequential forward passes", "mean seconds per problem, on the machine of the run"
+    for axis, label in zip(axes, labels):
         axis.set_prop_cycle(color=colormaps["tab20"].colors)
         axis.set(xlabel=label, ylabel="accuracy, with 95 % intervals")
         axis.grid(alpha=0.3)
         for method, row in table.items():
             x = budgets if axis is axes[0] else row["seconds"]
             style = "--o" if method.startswith(("baseline", "no-early", "self", "skeleton")) else "-o"
-            line, = axis.plot(x, row["accuracy"], style, label=f"{method} (n = {row['count']})")
-            span = interval(row["accuracy"], row["count"])
-            axis.fill_between(x, *span, color=line.get_color(), alpha=0.06)
+            reach = np.abs(interval(row["accuracy"], row["count"]) - row["accuracy"])  # [2, budgets]
+            axis.errorbar(x, row["accuracy"], reach, fmt=style, label=f"{method} (n = {row['count']})")
     axes[0].set_xticks(budgets)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     figure.suptitle(title)
     figure.savefig(png, dpi=130)
