@@ -118,14 +118,14 @@ class SharedCache(Cache):
     @contextmanager
     def rewound(self, only_on_error=False):
         """What is written inside this context is forgotten at its end, or only if it ends in an error."""
-        lengths, failed = [block.length for block in self.blocks], True
+        lengths, failed = {block: block.length for block in self.blocks}, True
         try:
             yield
             failed = False
         finally:
             if failed or not only_on_error:
-                for block, length in zip(self.blocks, lengths):
-                    block.length = length
+                for block in self.blocks:
+                    block.length = lengths.get(block, 0)
 
     def check_room(self, block, count):
         """Raise BlockFull unless `block` can take `count` more tokens."""
