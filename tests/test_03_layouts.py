@@ -200,3 +200,10 @@ def test_separators_are_encoded_once(workers, names):
     assert list(chapter.LAYOUTS["combined"].separators(workers)) == names
     assert not any(layout.separators(workers) for name, layout in chapter.LAYOUTS.items()
                    if name != "combined")
+
+
+def test_an_unknown_layout_is_refused():
+    """By the loop that uses the layouts, in one sentence that names the choices."""
+    with pytest.raises(ValueError, match="layout cannot be 'circular'") as refusal:
+        import_module("06_generate").Settings(layout="circular")
+    assert all(name in str(refusal.value) for name in chapter.LAYOUTS) and "\n" not in str(refusal.value)
