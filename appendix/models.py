@@ -363,7 +363,7 @@ def end_ids(model, tokenizer):
     """Ids of the tokens that end a text."""
     ends = model.generation_config.eos_token_id
     ends = [tokenizer.eos_token_id] if ends is None else ends
-    return {i for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
+    return {i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int}
 
 
 def forbidden_ids(model, tokenizer, settings):
@@ -428,24 +428,26 @@ class Sampler:
             every = model._get_logits_processor(config, prompt_length, device=model.device,
                                                 model_kwargs={})
             self.top_k = max(0, int(self.top_k))
+            warpers = LogitsProcessorList(one for one in every if type(one).__name__.endswith("Warper"))
+            self.processors = LogitsProcessorList(one for one in every if one not in warpers)
+            self.warpers = None if greedy else warpers
+            self.forbidden = forbidden_ids(model, tokenizer, settings)
+            # Some values fail only when they are used.
+            logits = torch.zeros(1, model.get_output_embeddings().weight.shape[0], device=model.device)
+            self.pick(logits, [0.5], lambda row: [0] * 9)
         except Exception as error:  # of any kind: a config may say anything
             raise ValueError("the generation_config of this model cannot be used: "
                              f"{first_line(error)}") from error
-        warpers = LogitsProcessorList(one for one in every if type(one).__name__.endswith("Warper"))
-        self.processors = LogitsProcessorList(one for one in every if one not in warpers)
-        self.warpers = None if greedy else warpers
-        self.forbidden = forbidden_ids(model, tokenizer, settings)
 
     def pick(self, logits, draws, seen):
         """A token id per row of logits [rows, vocabulary].
 
         Args:
-            draws: per row a random number from 0 to 1; seen: a function from a row to the ids in its
-                view.
+            draws: per row a random number from 0 to 1; seen: per row the ids in view, in lists.
         """
         logits = logits.float().clone()
         for row in range(len(logits)) if self.processors else ():
-            ids = torch.tensor([seen(row)], device=logits.device)  # [1, view]
+            ids = torch.tensor([sum(seen[row], [])], device=logits.device)  # [1, view]
             logits[row] = self.processors(ids, logits[row][None])[0]
         logits[:, self.forbidden] = float("-inf")
         if self.warpers is None:
