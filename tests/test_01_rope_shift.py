@@ -68,7 +68,7 @@ def tiny(name):
 
 
 def rotated(x, angles, last=False):
-    """The oracle, in float64: dimensions i and i + R/2 of x are a complex number, times exp(i angles[i])."""
+    """The oracle, in float64: dimensions i and i + R/2 as a complex number, times exp(i angles[i])."""
     half, first = angles.shape[-1], x.shape[-1] - 2 * angles.shape[-1] if last else 0
     shape = torch.broadcast_shapes(x.shape[:-1], angles.shape[:-1])
     result = x.detach().double().expand(*shape, -1).clone()
@@ -189,7 +189,7 @@ def test_scores_depend_on_the_distance_alone(seed, position, distance):
 @check(max_examples=10)
 @given(seed=SEEDS, position=st.integers(0, 50), distance=st.integers(1, 50))
 def test_shifted_keys_are_those_that_the_model_makes_there(name, seed, position, distance):
-    """A text encoded at p, its keys shifted by d, is the text encoded at p + d: all layers and models."""
+    """A text encoded at p, its keys shifted by d, is the text encoded at p + d: any layer, any model."""
     torch.manual_seed(seed)
     (model, ropes), ids = tiny(name), torch.randint(50, (1, 7))
 
