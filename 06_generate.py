@@ -52,7 +52,7 @@ class Settings:
     answer_tokens: int = option(16, "longest answer when the budget ends")
     max_step: int = option(512, "a step that has grown to so many tokens is over at the next line end")
     seed: int = option(0, "of the random numbers")
-    greedy: bool = option(False, "always the likeliest token")
+    greedy: bool = option(False, "always the likeliest token: no randomness")
     temperature: float | None = option(None, "default: the model's own, or 0.6")
     top_p: float | None = option(None, "default: the model's own, or 0.95")
     top_k: int | None = option(None, "default: the model's own, or 50; 0: no limit")
@@ -68,7 +68,7 @@ class Settings:
             self.workers = NAMES[:int(self.workers[0])] * (int(self.workers[0]) <= len(NAMES))
         rules = [("workers", 1 <= len(self.workers) <= len(NAMES), f"1 to {len(NAMES)} of them"),
                  ("layout", self.layout in layouts.LAYOUTS, f"one of {', '.join(layouts.LAYOUTS)}"),
-                 ("temperature", self.temperature is None or 0 < self.temperature < 1e9, "above 0, or --greedy"),
+                 ("temperature", self.temperature is None or 0 < self.temperature < 1e9, "above 0"),
                  ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
                  ("prompt", "{problem}" in (self.prompt or "{problem}"), "a text with {problem} in it")]
         for name, holds, wanted in rules:
@@ -181,8 +181,6 @@ class Hogwild:
         self.generated, self.boxed = 0, None  # tokens sampled by all; the answer, once a step gives one
         self.build(*self.openings())
 
-    # -- starting -----------------------------------------------------------------------------------
-
     def openings(self):
         """Token ids of the common text, and those with which each worker's block begins."""
         ids = models.encode_prompt(self.tokenizer, self.prompt, self.problem)
@@ -274,11 +272,8 @@ class Hogwild:
         """
         writing, seed = self.next_writers(), self.settings.seed
         draws = [random.Random(f"{seed} {w.name} {len(self.passes)}").random() for w in writing]
-        return self.sampler.pick(logits[:len(writing)], draws, lambda row: self.seen(writing[row]))
-
-    def seen(self, w):
-        """Ids of all that worker w has in view, without separators."""
-        return [i for block in self.view(w) for i in self.ids.get(block, ())] + w.pending
+        return self.sampler.pick(logits[:len(writing)], draws, lambda row: sum(
+            (self.ids.get(b, []) for b in self.view(writing[row])), []) + writing[row].pending)
 
     def take(self, tokens):
         """Give each writing worker its token, and close the steps that are over. Returns the record."""
@@ -449,8 +444,7 @@ def main(argv=None):
 # 1. Let Alice and Bob speak different languages: a prompt file and --prompt. Do they still build on each
 #    other's steps?
 # 2. Run the same problem with --layout independent and combined, same seed. Where do the texts part?
-# 3. Ask for the answer every 32 passes in a loop of your own; check that the run goes on as if you had
-#    not.
+# 3. Ask for the answer every 32 passes, in a loop of your own. Does the run go on as if you had not?
 
 if __name__ == "__main__":
     sys.exit(command.one_sentence(main))

@@ -41,7 +41,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(HfArgumentParser):
-    """transformers' parser of dataclasses, with one sentence instead of a page when something is wrong."""
+    """transformers' parser of dataclasses, with one sentence, not a page, when something is wrong."""
 
     def __init__(self, kinds, **others):
         super().__init__(kinds, formatter_class=Help, **others)
