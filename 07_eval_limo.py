@@ -42,7 +42,7 @@ Hogwild = generate.Hogwild
 
 # ------------------------------------------------------------------------- runs, asked at every budget
 
-def evaluate(runs, golds, budgets, early_stop=True, stopping=screen.Stopping):
+def evaluate(runs, golds, budgets, early_stop=True):
     """Runs one after the other, asked at every budget of passes on the way: a dict, ready for JSON.
 
     The answer is asked for in the cache that is there, and the run goes on as though nobody had asked.
@@ -51,7 +51,6 @@ def evaluate(runs, golds, budgets, early_stop=True, stopping=screen.Stopping):
     Args:
         runs: an iterator, usually over one run; golds: the right answers; budgets: increasing.
         early_stop: ask for an answer; or else only what was written in time counts.
-        stopping: where its `asked` becomes true, KeyboardInterrupt is raised before the next pass.
     """
     answers, step_ends, texts = {}, [], []
     passes, tokens, seconds = 0, 0, 0.0
@@ -65,16 +64,17 @@ def evaluate(runs, golds, budgets, early_stop=True, stopping=screen.Stopping):
     coming = next(runs)
     while coming:
         run = coming
-        while run.ending is None and passes < budgets[-1]:
-            if stopping.asked:
-                raise KeyboardInterrupt
-            record = run.advance()
-            passes, tokens = passes + 1, tokens + len(record["sampled"])
-            seconds += record["seconds"]
-            step_ends += [(passes, closed["worker"]) for closed in record["closed"]]
-            if passes in budgets:
-                answers[str(passes)] = asked()
-        ending, texts = run.ending or "passes", texts + transcript(run)
+        with screen.Stopping() as stopping:
+            while run.ending is None and passes < budgets[-1] and not stopping.asked:
+                record = run.advance()
+                passes, tokens = passes + 1, tokens + len(record["sampled"])
+                seconds += record["seconds"]
+                step_ends += [(passes, closed["worker"]) for closed in record["closed"]]
+                if passes in budgets:
+                    answers[str(passes)] = asked()
+        if stopping.asked:
+            raise KeyboardInterrupt
+        ending, texts = run.ending or "passes", texts + written(run)
         try:
             coming = next(runs, None) if passes < budgets[-1] else None
         except ValueError:  # what the next one would have to read is longer than the model's context
@@ -85,19 +85,10 @@ def evaluate(runs, golds, budgets, early_stop=True, stopping=screen.Stopping):
 
 
 def written(run):
-    """Per worker, all that it has written, in finished steps and in an unfinished one."""
+    """Per worker, all that it has written: its finished steps, and the unfinished one."""
     closed = [step for record in run.passes for step in record["closed"]]
     return ["".join(step["text"] for step in closed if step["worker"] == w.name) + w.text
             for w in run.workers]
-
-
-def transcript(run):
-    """Finished steps in their order, then what every worker has unfinished; or, of workers who do not
-    see each other, a text each."""
-    if not run.layout.moves:
-        return written(run)
-    closed = [step["text"] for record in run.passes for step in record["closed"]]
-    return closed + [w.text for w in run.workers]
 
 
 # ---------------------------------------------------------------------------------------------- methods
@@ -113,8 +104,7 @@ class Reencode(Hogwild):
     def to_history(self, w):
         self.cache.truncate(w.block, 0)
         generate.feed(self.model, self.cache, [[([self.history], self.ids[w.block])]], self.forward)
-        self.ids[self.history] += self.ids[w.block]
-        self.ids[w.block] = []
+        super().to_history(w)  # (moves nothing any more)
 
 
 class Samples(Hogwild):
@@ -159,8 +149,8 @@ class Threads(Samples, Stage):
     r"""Writers with prompts of their own; a \boxed{} ends its writer."""
 
 
-OUTLINE = """Plan how to answer the question below, without answering it. Write a numbered list of 3 to 10
-points (1., 2., 3., ...) that can be worked on independently of each other, each of 3 to 5 words.
+OUTLINE = """Plan how to answer the question below, without answering it. Write a numbered list of 3 to
+10 points (1., 2., 3., ...) that can be worked on independently of each other, each of 3 to 5 words.
 
 {problem}"""
 POINT = r"""This question is answered by several writers, each of whom works on one point of a plan.
@@ -170,8 +160,8 @@ POINT = r"""This question is answered by several writers, each of whom works on 
 The plan:
 {outline}
 
-You work on point {number} and on no other. Reason step by step, and put the result of your point within
-\boxed{{}}."""
+You work on point {number} and on no other. Reason step by step, and put the result of your point
+within \boxed{{}}."""
 
 
 def skeleton(start, problem, at_once):
@@ -238,121 +228,75 @@ def key_of(row):
 
 def one_each(rows):
     """Every result once; where a run failed and was tried again, the later one."""
-    found = {}
-    for row in rows:
-        if "error" not in row or key_of(row) not in found:
-            found[key_of(row)] = row
-    return list(found.values())
+    faults_first = sorted(rows, key=lambda row: not row["error"])
+    return list({key_of(row): row for row in faults_first}.values())
 
 
 def summary(rows, budgets):
-    """Per method, over the problems that all methods have done: what the report prints.
+    """Per method, over the problems that all methods have done: what the report prints."""
+    names = sorted({row["method"] for row in rows})
+    done = [{key_of(row)[1:] for row in rows if row["method"] == name} for name in names]
+    common = set.intersection(*done)  # of (problem, seed)
+    if not common:
+        raise ValueError("there is no problem yet that all methods have done: nothing to compare")
+    rows = [row for row in rows if key_of(row)[1:] in common]
+    return {name: figures([row for row in rows if row["method"] == name], budgets) for name in names}
+
+
+def figures(rows, budgets):
+    """What the report prints of one method.
 
     Several seeds of one problem are no new problem: they are averaged first, and intervals count
     problems. A fault is no right answer.
     """
-    done = {row["method"]: set() for row in rows}
-    for name, *key in map(key_of, rows):
-        done[name].add(tuple(key))
-    common = set.intersection(*done.values())
-    if not common:
-        raise ValueError("there is no problem yet that all methods have done: nothing to compare")
-    return {name: of_method([row for row in rows if row["method"] == name and key_of(row)[1:] in common],
-                            budgets) for name in done}
+    def column(name):
+        return np.array([[row["answers"][str(budget)][name] for budget in budgets] for row in rows])
 
-
-def of_method(rows, budgets):
-    """The figures of one method."""
-    scores = {number: [] for number in sorted(row["problem"] for row in rows)}
-    right, seconds, final = [], [], []
-    for row in rows:
-        asked = [row["answers"][str(budget)] for budget in budgets] if "error" not in row else []
-        scores[row["problem"]].append([entry["score"] for entry in asked] or [0] * len(budgets))
-        right += [entry["passes"] for entry in asked if entry["score"] == 1][:1]
-        seconds += [[entry["seconds"] for entry in asked]] * bool(asked)
-        final += asked[-1:]
-    scores = np.array([np.mean(several, 0) for several in scores.values()])  # [problems, budgets]
+    problems = np.array([row["problem"] for row in rows])  # [runs]
+    scores = column("score")  # [runs, budgets]
+    right = scores == 1  # [runs, budgets]
+    first = column("passes")[right & (right.cumsum(1) == 1)]  # of each run that gave a right answer
+    scores = np.array([scores[problems == number].mean(0) for number in np.unique(problems)])
+    final = [row["answers"][str(budgets[-1])] for row in rows if not row["error"]]
     given = [entry["understood"] for entry in final if (entry["answer"] or "").strip()]
     return {"runs": len(rows), "count": len(scores), "scores": scores, "accuracy": scores.mean(0),
-            "seconds": np.mean(seconds or [[0] * len(budgets)], 0), "none": len(final) - len(given),
+            "seconds": column("seconds").sum(0) / max(1, len(final)), "none": len(final) - len(given),
             "not_understood": given.count(False), "faults": len(rows) - len(final),
-            "context": sum(row.get("ending") == "context" for row in rows),
-            "passes_to_right": np.mean(right) if right else None}
-
-
-def relative_passes(budgets, accuracy, baseline):
-    """Passes that a method takes to the accuracy that it and the baseline reach, as a multiple of the
-    baseline's."""
-    level = min(max(accuracy), max(baseline))
-    mine, theirs = (curves.passes_to_reach(level, budgets, curve) for curve in (accuracy, baseline))
-    return "–" if mine is None or theirs is None else f"{mine / theirs:.2f} (at {level:.0%})"
-
-
-SECOND = """
-At the largest budget: difference from the baseline on the same problems (95 % interval); passes to the
-accuracy that both reach, as a multiple of the baseline's; mean passes to a right answer, of the runs that
-gave one; runs without an answer, with one that was not understood, that failed, that the context ended:"""
+            "context": sum(row["ending"] == "context" for row in rows),
+            "passes_to_right": first.mean() if len(first) else None}
 
 
 def report(header, rows, png=None):
     """Print the tables of an evaluation, and draw its curves."""
-    budgets, table = header["budgets"], summary(rows, header["budgets"])
-    base, count = table.get("baseline"), next(iter(table.values()))["count"]
     title = f"{header['model']} on {header['task']}" + f" from {header['data']}" * bool(header["data"])
-    lines = [f"\n{title}, the {count} problems that all methods have done\n",
-             "right after so many passes, with the 95 % interval of the share:",
-             f"  {'method':20}{'runs':>5}" + "".join(f"{budget:>16,}" for budget in budgets)]
-    for name, row in table.items():
-        cells = ["{:.0%} ({:.0%}–{:.0%})".format(share, *curves.interval(share, count))
-                 for share in row["accuracy"]]
-        lines.append(f"  {name:20}{row['runs']:>5}" + "".join(f"{cell:>16}" for cell in cells))
-    lines += [SECOND, f"  {'method':20}{'difference':>22}{'passes':>16}{'to right':>10}{'none':>6}"
-                      f"{'not understood':>16}{'faults':>8}{'context':>9}"]
-    for name, row in table.items():
-        needed = "–" if row["passes_to_right"] is None else f"{row['passes_to_right']:.0f}"
-        ratio = change = "–"
-        if base and row is not base:
-            ratio = relative_passes(budgets, row["accuracy"], base["accuracy"])
-            last = [one["scores"][:, -1] for one in (row, base)]  # [problems] each
-            change = "{:+.0%} ({:+.0%} – {:+.0%})".format(*curves.difference(*last))
-        lines.append(f"  {name:20}{change:>22}{ratio:>16}{needed:>10}{row['none']:>6}"
-                     f"{row['not_understood']:>16}{row['faults']:>8}{row['context']:>9}")
-    print(command.plain("\n".join(lines)) + "\n")
-    if png:
-        curves.draw(png, title, budgets, table)
+    curves.report(title, header["budgets"], summary(one_each(rows), header["budgets"]), png)
 
 
-# ------------------------------------------------------------------------------------ files and processes
+# -------------------------------------------------------------------------------- files and processes
 
-COMMON = ["model", "dtype", "task", "data", "budgets", "greedy", "check_every", "answer_tokens", "context"]
-KEY = {"method": str, "problem": int, "seed": int}
+SHARED = ["greedy", "check_every", "answer_tokens", "context"]  # chapter 6's settings, the same for all
 ANSWER = {"answer": (str, None), "score": float, "understood": bool, "passes": int, "seconds": float}
-
-
-def row_shape(budgets):
-    """What a row of results looks like: a run that was asked at these budgets, or one that failed."""
-    answers = {str(budget): ANSWER for budget in budgets}
-    return {**KEY, "error": str}, {**KEY, "answers": answers, "ending": str, "text": [str]}
+ROW = {"method": str, "problem": int, "seed": int, "error": (str, None), "answers": {str: ANSWER},
+       "ending": str, "text": [str]}
+NOTHING = {"answer": None, "score": 0, "understood": False, "passes": 0, "seconds": 0.0}
 
 
 def files_of(path):
     """The files of an evaluation: the one of that name, and those of other processes beside it."""
-    path = Path(path)
-    others = sorted(path.parent.glob(f"{glob.escape(path.name)}.rank*-of-*"))
-    return [str(file) for file in (path, *others) if file.exists()]
+    return [path] * os.path.exists(path) + sorted(glob.glob(f"{glob.escape(path)}.rank*-of-*"))
 
 
 def read(files, header=None):
     """(header, rows) of several files of one evaluation. Raises ValueError if they are not of one."""
     rows = []
     for path in files:
-        theirs, _, whole = journal.read(path, "evaluation", dict)
-        if not whole:  # another process has only just made it
-            continue
+        theirs, found, whole = journal.read(path, "evaluation", ROW)
         header = header or theirs
-        if theirs != header or not journal.matches(theirs, {"budgets": [int], "model": str}):
+        # (Nothing is whole in a file that another process has only just made.)
+        asked = [{*map(str, header["budgets"])}, *({*row["answers"]} for row in found)]
+        if whole and (theirs != header or any(one != asked[0] for one in asked)):
             raise ValueError(f"{path!r} holds results of other settings than the files beside it")
-        rows += journal.read(path, "evaluation", row_shape(header["budgets"]))[1]
+        rows += found
     return header, rows
 
 
@@ -371,11 +315,10 @@ def run_missing(what, header, problems, wanted):
         from accelerate import PartialState
         # Whoever is ready first waits for the others, however long they take.
         team = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
-    with journal.Journal(mine, "evaluation", header, row_shape(what.budgets), durable=True) as results:
+    with journal.Journal(mine, "evaluation", header, ROW, durable=True) as results:
         def found():
-            others = [file for file in files_of(what.out) if file != mine]
-            return one_each([*results.rows, *read(others, header)[1]])
-        done = {key_of(row) for row in found() if "error" not in row}
+            return one_each([*read(files_of(what.out), header)[1], *results.rows])
+        done = {key_of(row) for row in found() if not row["error"]}
         todo = [key for key in wanted if key not in done]
         if not rank:
             print(f"{len(problems)} problems, {len(what.methods)} methods, {len(what.seeds)} seeds: "
@@ -383,39 +326,36 @@ def run_missing(what, header, problems, wanted):
         if team:  # before anybody writes: all have to find the same runs to do
             team.wait_for_everyone()
         if todo:
-            with Progress(disable=rank > 0) as bar, screen.Stopping() as stopping:
-                run_all(todo[rank % share::share], what, team, problems, results, bar, stopping)
+            with Progress(disable=rank > 0) as bar:
+                run_all(todo[rank % share::share], what, team, problems, results, bar)
         if team:
             team.wait_for_everyone()
             torch.distributed.destroy_process_group()
-        return found()
+        return [] if rank else found()
 
 
-def run_all(todo, what, team, problems, results, bar, stopping):
+def run_all(todo, what, team, problems, results, bar):
     """Do the runs. A fault in one of them is kept as its result, and the others go on."""
     model, tokenizer = models.prepared(what, team)
     forward, faults = generate.best_forward(model.device, what.attention), 0
     for spec, number, seed in bar.track(todo):
-        bar.update(bar.task_ids[0], description=f"{so_far(results.rows, what.budgets)}{spec}, problem {number}")
-        problem, row = problems[number], {"method": spec, "problem": number, "seed": seed}
+        last = [[row["answers"][str(what.budgets[-1])]["score"] for row in results.rows
+                 if row["method"] == name] or [0] for name in what.methods]
+        so_far = "".join(f"{name} {np.mean(some):.0%} · " for name, some in zip(what.methods, last))
+        bar.update(bar.task_ids[0], description=f"{so_far}now: {spec}, problem {number}")
+        row = {"method": spec, "problem": number, "seed": seed, "error": None}
         try:
-            runs = runs_of(spec, model, tokenizer, problem["question"], what.settings(seed), forward)
-            row.update(evaluate(runs, problem["answers"], what.budgets, spec != "no-early-stop", stopping))
+            question, answers = problems[number]["question"], problems[number]["answers"]
+            runs = runs_of(spec, model, tokenizer, question, what.settings(seed), forward)
+            row |= evaluate(runs, answers, what.budgets, spec != "no-early-stop")
             faults = 0
         except Exception as error:  # whatever it is: one problem of a thousand
-            row["error"], faults = f"{type(error).__name__}: {error}", faults + 1
+            row |= {"error": f"{type(error).__name__}: {error}", "ending": "fault", "text": [],
+                    "answers": {str(budget): NOTHING for budget in what.budgets}}
+            faults += 1
         results.add(row)
         if faults == 5:
             raise command.Failed(f"five runs in a row failed, so the others would, too: {row['error']}")
-
-
-def so_far(rows, budgets):
-    """What is right so far, in a few words."""
-    scores = {}
-    for row in one_each(rows):
-        score = row["answers"][str(budgets[-1])]["score"] if "error" not in row else 0
-        scores.setdefault(row["method"], []).append(score)
-    return "".join(f"{name} {np.mean(column):.0%} · " for name, column in scores.items())
 
 
 # -------------------------------------------------------------------------------------- the command line
@@ -425,8 +365,8 @@ class Evaluation(models.Options):
     """What is run, with which model, and where the results are."""
 
     task: str = option("own", f"{', '.join(tasks.TASKS)}")
-    data: str | None = option(None, "a JSONL file with question and answer, instead of the task's own data")
-    methods: list[str] = option(["baseline", "hogwild:2"], f"{', '.join(METHODS)}; with :W for W workers")
+    data: str | None = option(None, "problems: a JSONL file with question and answer")
+    methods: list[str] = option(["baseline", "hogwild:2"], f"{', '.join(METHODS)}; with :W: workers")
     budgets: list[int] | None = option(None, "passes (default: 32 64; with --model 256 512 ... 4096)")
     limit: int | None = option(None, "the first N problems only (default: 3 of task own, else all)")
     seeds: list[int] = option([0], "all of it once per seed")
@@ -444,39 +384,39 @@ class Evaluation(models.Options):
         self.budgets = self.budgets or ([256, 512, 1024, 2048, 4096] if self.model else [32, 64])
         if sorted({0, *self.budgets})[1:] != self.budgets:
             raise ValueError(f"budgets have to be increasing numbers of passes, not {self.budgets}")
-        if len({*self.seeds}) < len(self.seeds) or (self.greedy and len(self.seeds) > 1):
-            raise ValueError("a seed is given twice, or greedy runs several, of which each does the same: give one")
+        if len({*self.seeds}) < len(self.seeds):
+            raise ValueError(f"a seed is given twice: {self.seeds}")
+        if self.greedy and len(self.seeds) > 1:
+            raise ValueError("greedy runs do not depend on the seed: give one")
+        if self.png and not self.png.endswith(".png"):
+            raise ValueError(f"--png draws a PNG, so {self.png!r} has to end in .png")
         command.at_least(self, limit=1, answer_tokens=1)
         command.distinct(out=self.out, png=self.png, data=self.data)
-        if self.png and not self.png.endswith(".png"):
-            raise ValueError(f"--png draws a PNG, so the file has to end in .png, not as {self.png!r} does")
-        if self.png:
-            journal.own_picture(self.png, b"\x89PNG")
 
     def settings(self, seed):
         """Chapter 6's, as far as methods have them in common."""
-        return generate.Settings(seed=seed, max_passes=self.budgets[-1], greedy=self.greedy,
-                                 check_every=self.check_every, answer_tokens=self.answer_tokens,
-                                 context=self.context)
+        shared = {name: getattr(self, name) for name in SHARED}
+        return generate.Settings(seed=seed, max_passes=self.budgets[-1], **shared)
 
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
     what, = command.Parser(Evaluation, description=__doc__.split("\n")[0]).read(argv)
-    needed = {"math-verify": not what.report, "matplotlib": what.png, "accelerate": "WORLD_SIZE" in os.environ}
-    missing = [name for name, use in needed.items() if use and not models.installed(name)]
-    if missing:
-        raise ValueError(f"this needs other packages: pip install {' '.join(missing)}")
+    if what.png:
+        journal.own_picture(what.png, b"\x89PNG")
     if what.report:
-        header, rows = read(dict.fromkeys(file for path in what.report for file in files_of(path) or [path]))
+        files = [file for path in what.report for file in files_of(path) or [path]]
+        header, rows = read(files)
         if not rows:
             raise ValueError(f"there are no results in {', '.join(what.report)}")
-        report(header, one_each(rows), what.png)
+        report(header, rows, what.png)
         return 0
-    problems = tasks.load(what.task, what.data)
-    problems = problems[:what.limit or (3 if problems[0]["question"] == tasks.OWN[0][0] else None)]
+    import_module("math_verify")  # else every run would fail, and only at its end
+    usual = 3 if what.task == "own" and not what.data else None
+    problems = tasks.load(what.task, what.data)[:what.limit or usual]
     what.answer_tokens = what.answer_tokens or tasks.TASKS[what.task].answer_tokens
-    header = {**{name: getattr(what, name) for name in COMMON}, "model": what.model or models.BUNDLED}
+    header = {name: getattr(what, name) for name in ["dtype", "task", "data", "budgets", *SHARED]}
+    header["model"] = what.model or models.BUNDLED
     if what.data:
         content = hashlib.sha256(Path(what.data).read_bytes()).hexdigest()[:12]
         header["data"] = f"{Path(what.data).name} ({content})"
@@ -485,21 +425,20 @@ def main(argv=None):
     wanted = [(spec, number, seed) for number in range(len(problems)) for seed in what.seeds
               for spec in what.methods]
     rows = run_missing(what, header, problems, wanted)
-    if int(os.environ.get("RANK", 0)):
-        return 0
-    report(header, rows, what.png)
-    failed = [row for row in rows if "error" in row and key_of(row) in wanted]
-    if failed:
-        raise command.Failed(f"{len(failed)} of {len(wanted)} runs failed (the same command tries them "
-                             f"again), the first one: {failed[0]['error']}")
-    print(f"[OK] {len(wanted)} runs are in {what.out}, each answered at {len(what.budgets)} budgets")
+    if rows:
+        report(header, rows, what.png)
+        failed = [row for row in rows if row["error"] and key_of(row) in wanted]
+        if failed:
+            raise command.Failed(f"{len(failed)} of {len(wanted)} runs failed (the same command tries "
+                                 f"them again), the first one: {failed[0]['error']}")
+        print(f"[OK] {len(wanted)} runs are in {what.out}, each answered at {len(what.budgets)} budgets")
     return 0
 
 
 # Exercises
 # 1. Add a method: workers who see each other, but are told nothing about it. What do you expect?
-# 2. From which number of problems on could two methods with 60 % and 70 % be told apart? Why does it help
-#    that both have done the same problems? (curves.interval, curves.difference)
+# 2. From which number of problems on could two methods with 60 % and 70 % be told apart? Why does it
+#    help that both have done the same problems? (curves.interval, curves.difference)
 # 3. Majority voting needs three workers and no model. Compare it with the answer of self-consistency.
 
 if __name__ == "__main__":

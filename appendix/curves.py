@@ -1,5 +1,7 @@
-"""Appendix: how sure a share is, how far two curves are apart, and their picture (chapter 7)."""
+"""Appendix: how sure a share is, how far two curves are apart, and chapter 7's tables and picture."""
 import numpy as np
+
+from appendix.command import plain
 
 
 def interval(share, count):
@@ -27,6 +29,47 @@ def passes_to_reach(level, budgets, accuracy):
     for (before, low), (after, high) in zip(points, points[1:]):
         if low < level <= high:
             return before + (level - low) / (high - low) * (after - before)
+
+
+def relative_passes(budgets, accuracy, baseline):
+    """Passes that a method takes to the accuracy that it and the baseline reach, as a multiple of the
+    baseline's."""
+    level = min(max(accuracy), max(baseline))
+    mine, theirs = (passes_to_reach(level, budgets, curve) for curve in (accuracy, baseline))
+    return f"{mine / theirs:.2f} (at {level:.0%})" if mine and theirs else "–"
+
+
+SECOND = """
+At the largest budget: difference from the baseline on the same problems (95 % interval); passes to the
+accuracy that both reach, as a multiple of the baseline's; mean passes to a right answer, of the runs
+that gave one; runs without an answer, with one that was not understood, that failed, that the context
+ended:
+"""
+
+
+def report(title, budgets, table, png=None):
+    """Print tables of what chapter 7's `figures` says of each method, and draw the curves."""
+    base, count = table.get("baseline"), next(iter(table.values()))["count"]
+    lines = [f"\n{title}, the {count} problems that all methods have done\n",
+             "right after so many passes, with the 95 % interval of the share:",
+             f"  {'method':20}{'runs':>5}" + "".join(f"{budget:>16,}" for budget in budgets)]
+    changes = [f"{SECOND}  {'method':20}{'difference':>22}{'passes':>16}{'to right':>10}{'none':>6}"
+               f"{'not understood':>16}{'faults':>8}{'context':>9}"]
+    for name, row in table.items():
+        cells = ["{:.0%} ({:.0%}–{:.0%})".format(share, *interval(share, count))
+                 for share in row["accuracy"]]
+        lines.append(f"  {name:20}{row['runs']:>5}" + "".join(f"{cell:>16}" for cell in cells))
+        ratio = change = "–"
+        if base and row is not base:
+            ratio = relative_passes(budgets, row["accuracy"], base["accuracy"])
+            last = [one["scores"][:, -1] for one in (row, base)]  # [problems] each
+            change = "{:+.0%} ({:+.0%} – {:+.0%})".format(*difference(*last))
+        needed = f"{row['passes_to_right']:.0f}" if row["passes_to_right"] else "–"
+        changes.append(f"  {name:20}{change:>22}{ratio:>16}{needed:>10}{row['none']:>6}"
+                       f"{row['not_understood']:>16}{row['faults']:>8}{row['context']:>9}")
+    print(plain("\n".join(lines + changes)) + "\n")
+    if png:
+        draw(png, title, budgets, table)
 
 
 def draw(png, title, budgets, table):
