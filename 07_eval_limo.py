@@ -194,8 +194,8 @@ def method(spec):
     that differ, 4). Raises ValueError if there is no such method."""
     name, colon, count = spec.partition(":")
     if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}; choose among {', '.join(METHODS)}, with :W for W "
-                         "workers where wanted")
+        raise ValueError(f"there is no method {name!r}; choose among {', '.join(METHODS)}, with :W "
+                         "for W workers where wanted")
     kind, differs, usual = METHODS[name]
     most = 1 if usual == 1 else len(protocol.NAMES)
     if colon and count not in map(str, range(1, most + 1)):
@@ -275,6 +275,7 @@ def report(header, rows, png=None):
 # -------------------------------------------------------------------------------- files and processes
 
 SHARED = ["greedy", "check_every", "answer_tokens", "context"]  # chapter 6's settings, the same for all
+HEADER = {"model": str, "task": str, "data": (str, None), "budgets": [int]}
 ANSWER = {"answer": (str, None), "score": float, "understood": bool, "passes": int, "seconds": float}
 ROW = {"method": str, "problem": int, "seed": int, "error": (str, None), "answers": {str: ANSWER},
        "ending": str, "text": [str]}
@@ -291,11 +292,12 @@ def read(files, header=None):
     rows = []
     for path in files:
         theirs, found, whole = journal.read(path, "evaluation", ROW)
+        if not whole:  # another process has only just made it
+            continue
         header = header or theirs
-        # (Nothing is whole in a file that another process has only just made.)
-        asked = [{*map(str, header["budgets"])}, *({*row["answers"]} for row in found)]
-        if whole and (theirs != header or any(one != asked[0] for one in asked)):
-            raise ValueError(f"{path!r} holds results of other settings than the files beside it")
+        if theirs != header or not journal.matches(theirs, HEADER) or any(
+                list(row["answers"]) != list(map(str, theirs["budgets"] or [0])) for row in found):
+            raise ValueError(f"{path!r} is damaged, or holds results of other settings than the others")
         rows += found
     return header, rows
 

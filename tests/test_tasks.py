@@ -1,0 +1,241 @@
+"""Problems and grading: the answers in the file, a person's judgement, and what dress never changes."""
+import json
+from fractions import Fraction
+from importlib import import_module
+from itertools import product
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from appendix import tasks
+
+FIVE = ["18", "3", "70000", "540", "20"]
+
+
+def test_the_answers_in_the_file_are_right():
+    """Found by trying everything."""
+    pays = sum(a + 5 * b + 10 * c == 20 for a, b, c in product(range(21), range(5), range(3)))
+    sevens = Fraction(sum(a + b == 7 for a, b in product(range(1, 7), repeat=2)), 36)
+    found = [sum(12 for _ in range(4)), 15 + (15 + 8),
+             sum(n % 3 == 0 or n % 5 == 0 for n in range(1, 101)), sum(range(1, 21)),
+             pays, f"\\frac{{{sevens.numerator}}}{{{sevens.denominator}}}",
+             max(a * b for a, b in product(range(1, 10), repeat=2) if 2 * (a + b) == 20),
+             next(n for n in range(2, 1000) if all(n % k == 1 for k in (2, 3, 4, 5))), 7 ** 100 % 10]
+    assert [str(answer) for answer in found] == [answer for _, answer in tasks.OWN]
+
+
+GRADED = {  # right answer -> (answers that a person would accept, answers that a person would not)
+    "14": ("14 |14.0| 14 |\\text{14}|14 \\text{ apples}|$14$|\\$14|14 apples|14.",
+           "15|-14|141|1/4|14_5|\\le 14|17 \\to 14|"),
+    "1000": ("1000|1,000|1{,}000|10^3|1\\,000", "100|10000|1,00"),
+    "-3": ("-3|-3.0|-\\frac{6}{2}|- 3", "3|-2|+3"),
+    "0.5": ("0.5|1/2|\\frac{1}{2}|\\frac12|\\dfrac{1}{2}|.5", "0.05|2|\\frac{1}{3}"),
+    "\\frac{3}{4}": ("3/4|0.75|\\frac{6}{8}|\\tfrac34|\\frac{3}{4}", "4/3|0.7|\\frac{3}{5}"),
+    "-\\frac{5}{2}": ("-5/2|-2.5|\\frac{-5}{2}|-\\dfrac{5}{2}", "5/2|-\\frac{2}{5}"),
+    "2\\sqrt{3}": ("2\\sqrt{3}|2\\sqrt3|\\sqrt{12}|2 \\cdot \\sqrt{3}",
+                   "\\sqrt{3}|3\\sqrt{2}|2\\sqrt{5}"),
+    "\\frac{\\sqrt{2}}{2}": ("\\frac{\\sqrt{2}}{2}|\\frac{1}{\\sqrt{2}}|\\sqrt{2}/2",
+                             "\\sqrt{2}|\\frac{\\sqrt{3}}{2}"),
+    "\\frac{\\pi}{2}": ("\\frac{\\pi}{2}|\\pi/2|0.5\\pi", "\\pi|2\\pi|90"),
+    "12\\pi": ("12\\pi|12 \\pi|\\pi \\cdot 12", "12|24\\pi"),
+    "50\\%": ("50\\%|50|0.5|\\frac{1}{2}", "5\\%|500|0.05"),
+    "70^\\circ": ("70^\\circ|70|70^{\\circ}|70 \\text{ degrees}", "20|7|110^\\circ"),
+    "5\\text{ cm}": ("5\\text{ cm}|5|5\\text{cm}|5 \\mathrm{~cm}", "50|6\\text{ cm}"),
+    "(3,\\frac{\\pi}{2})": ("(3,\\frac{\\pi}{2})|(3, \\pi/2)|\\left(3,\\frac{\\pi}{2}\\right)",
+                            "(\\pi/2,3)|(3,\\pi)|3"),
+    "(1,2,3)": ("(1,2,3)|(1, 2, 3)|\\left( 1, 2, 3 \\right)", "(3,2,1)|(1,2)|(1,2,4)"),
+    "[1,2)": ("[1,2)|\\left[1,2\\right)|[1, 2)", "[1,2]|(1,2)|[1,3)"),
+    "(-\\infty,3]": ("(-\\infty,3]|\\left(-\\infty, 3\\right]", "(-\\infty,3)|[3,\\infty)"),
+    "[-2,1]\\cup[3,4]": ("[-2,1]\\cup[3,4]|[-2, 1] \\cup [3, 4]", "[-2,1]|[3,4]"),
+    "\\{1,2\\}": ("\\{1,2\\}|\\{2,1\\}|\\{1, 2\\}", "\\{1\\}|\\{1,3\\}"),
+    "x^2+2x+1": ("x^2+2x+1|(x+1)^2|1+2x+x^2|x^{2}+2x+1", "x^2+2x|x^2+1"),
+    "2x+3": ("2x+3|3+2x|2 x + 3|y=2x+3", "3x+2|2x-3"),
+    "\\text{Evelyn}": ("\\text{Evelyn}|Evelyn|\\text{evelyn}", "Debra|\\text{Angela}"),
+    "\\text{(C)}": ("\\text{(C)}|C|(C)|\\text{C}", "B|\\text{(A)}"),
+    "\\text{even}": ("\\text{even}|even", "odd|\\text{odd}"),
+    "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}": (
+        "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}|\\begin{pmatrix}1\\\\2\\end{pmatrix}",
+        "\\begin{pmatrix} 2 \\\\ 1 \\end{pmatrix}|1"),
+    "2^{10}": ("2^{10}|1024|2^10", "20|1023"),
+    "6+9i": ("6+9i|9i+6|6 + 9i", "6-9i|15"),
+    "3,5,7": ("3,5,7|3, 5, 7|7,5,3", "3,5|3,5,8"),
+    "1.5": ("1.5|\\frac{3}{2}|1\\frac{1}{2}|3/2", "1.4|\\frac{2}{3}"),
+    "\\frac{a}{b+c}": ("\\frac{a}{b+c}|a/(b+c)|\\frac{a}{c+b}", "\\frac{a}{b}+c|\\frac{b}{a+c}"),
+    "\\sqrt{x^2+1}": ("\\sqrt{x^2+1}|\\sqrt{1+x^2}|(x^2+1)^{1/2}", "x+1|\\sqrt{x+1}"),
+    "4:3": ("4:3|\\frac{4}{3}", "3:4"),
+    "11,\\!111,\\!111,\\!100": ("11111111100|11,111,111,100", "1111111110"),
+    "\\$32,\\!000": ("32000|\\$32,000|32,000", "3200|\\$32"),
+    "10:30": ("10:30", "10:31"),
+    "0": ("0|0.0|\\frac{0}{3}", "1|-1|\\text{none}"),
+    "e^2": ("e^2|e^{2}|\\mathrm{e}^2|e \\cdot e", "2e|e"),
+    "\\log_2 8": ("\\log_2 8|3|\\log_{2}{8}", "2|8"),
+    "\\binom{5}{2}": ("\\binom{5}{2}|10", "5|20"),
+    "x=3": ("x=3|3|x = 3", "4|x=-3"),
+    "120_5": ("120_5|120_{5}", "120_6|121_5"),
+    "7!": ("5040|7!", "504|6!"),
+}
+
+
+def test_answers_are_graded_as_a_person_would():
+    """238 pairs of the kinds that stand in the data: numbers, fractions, intervals, tuples, units,
+    percent, text, matrices."""
+    pairs = [(gold, answer, score) for gold, columns in GRADED.items()
+             for score, column in zip((1, 0), columns) for answer in column.split("|")]
+    assert len(pairs) > 200
+    assert not [pair for pair in pairs if tasks.grade(pair[1], [pair[0]])[0] != pair[2]]
+
+
+@pytest.mark.parametrize("answer, golds, score", [
+    ("18,3,70000,540,20", FIVE, 1), ("18, 3, 70,000, 540, 20", FIVE, 1), ("18,3,1,1,1", FIVE, 0.4),
+    ("3,18", ["18", "3"], 0), ("18", ["18", "3"], 0.5), ("(18,3)", ["18", "3"], 1),
+    ("\\left(18, 3\\right)", ["18", "3"], 1), ("18, 70{,}000", ["18", "70000"], 1),
+    ("(1,2),(3,4)", ["(1,2)", "(3,4)"], 1), ("\\{18, 3\\}", ["18", "3"], 1), ("18,3,120,540", FIVE, 0.6),
+    ("\\$18,\\$3,1/2,5\\%,x", ["18", "3", "0.5", "5", "7"], 0.8), ("answer1=18, 3", ["18", "3"], 1)])
+def test_lists_are_graded_position_by_position(answer, golds, score):
+    """The paper's per-question score; a comma may also stand between thousands."""
+    assert tasks.grade(answer, golds) == (pytest.approx(score), True)
+
+
+@pytest.mark.parametrize("answer", [None, "", "  "])
+def test_no_answer_is_wrong_and_counted(answer):
+    """What cannot be understood is wrong, and said to be so."""
+    assert tasks.grade(answer, ["1"]) == (0.0, False)
+
+
+# -- whatever the numbers are ---------------------------------------------------------------------------
+
+NUMBERS = st.one_of(st.integers(-10**6, 10**6).map(str),
+                    st.builds("\\frac{{{}}}{{{}}}".format, st.integers(-99, 99), st.integers(2, 99)),
+                    st.decimals(-99, 99, places=2).map(str), st.sampled_from(list(GRADED)))
+DRESS = st.lists(st.sampled_from([" {}", "{} ", "${}$", "{}.", "\\!{}", "{}\\,"]), max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(NUMBERS, DRESS)
+@example("-5", ["{}.", "${}$"])
+@example("120_5", ["${}$"])
+def test_an_answer_is_right_however_it_is_dressed(gold, dress):
+    """Graded against itself, an answer is right; spaces, dollars and a full stop change nothing."""
+    answer = gold
+    for coat in dress:  # (a dollar within dollars is no dress, and neither is a full stop within them)
+        if not (coat == "${}$" and ("$" in answer or answer.rstrip().endswith("."))):
+            answer = coat.format(answer)
+    assert tasks.grade(answer, [gold]) == (1.0, True)
+    assert tasks.grade(f"{gold}", [answer]) == (1.0, True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(-999, 999), min_size=2, max_size=5, unique=True), st.data())
+def test_a_list_is_right_in_its_order_only(golds, data):
+    """The score of a list is the share of places that are right, whatever stands around it."""
+    answers = data.draw(st.permutations(golds))
+    right = sum(a == b for a, b in zip(golds, answers)) / len(golds)
+    around = data.draw(st.sampled_from(["{}", "({})", "\\{{{}\\}}", " {} "]))
+    text = around.format(data.draw(st.sampled_from([",", ", "])).join(map(str, answers)))
+    assert tasks.grade(text, list(map(str, golds))) == (pytest.approx(right), True)
+    short = ",".join(map(str, golds[:-1]))
+    assert tasks.grade(short, list(map(str, golds)))[0] == pytest.approx(1 - 1 / len(golds))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(codec="utf-8", exclude_characters="0123456789"), max_size=30))
+@example("\\frac{")
+@example("\\boxed{}{}")
+@example("}{")
+def test_text_without_digits_is_no_number(text):
+    """Never a fault, and never right, whatever stands in it. (Digits of other scripts are digits.)"""
+    scores = tasks.grade(text, ["8713"])[0], tasks.grade(text, ["8713", "8714"])[0]
+    assert scores == (0, 0) or any(character.isdecimal() for character in text)
+
+
+# -- where problems come from ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("answer, clean", [
+    ("so\n#### 18", "18"), (["$x=2$"], "$x=2$"), (["1", "2"], "1, 2"), (7, "7"), (None, ""), ([], ""),
+    ({"a": 1}, ""), (True, "")])
+def test_answers_as_data_sets_have_them(answer, clean):
+    """A solution before it, a list around it, several of them, a number; and what is no answer."""
+    assert tasks.clean(answer) == clean
+
+
+def gsm8k(path, count):
+    """A file like GSM8K's, whose questions name their answers."""
+    rows = ({"question": f"Q{i}?", "answer": f"because\n#### {i:,}"} for i in range(1000, 1000 + count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("count, problems", [(5, 1), (23, 4), (639, 127), (640, 128), (1319, 128)])
+def test_problems_of_five_questions(tmp_path, count, problems):
+    """GSM8K lines make at most 128 problems of five questions, none twice, in the paper's words."""
+    made = tasks.load("gsm8k-x5", gsm8k(tmp_path / "gsm.jsonl", count))
+    assert len(made) == problems and all(len(problem["answers"]) == 5 for problem in made)
+    for problem in made:
+        first, *lines = problem["question"].splitlines()
+        assert first == ("Solve these problems and return comma-separated answers "
+                         "\\boxed{answer1,..., answer5} :")
+        numbers = [answer.replace(",", "") for answer in problem["answers"]]
+        assert lines == [f" {k}. Q{number}?" for k, number in zip((1, 2, 3, 4, 5), numbers)]
+        assert tasks.grade(", ".join(problem["answers"]), problem["answers"]) == (1.0, True)
+    assert len({answer for problem in made for answer in problem["answers"]}) == 5 * problems
+    assert made == tasks.load("gsm8k-x5", str(tmp_path / "gsm.jsonl"))
+
+
+def test_how_long_an_answer_may_be():
+    """Paper, appendix C: 16 tokens, and 64 where answers are expressions; where each data set is."""
+    hub = {name: (task.answer_tokens, *task.source, task.question, task.answer, task.group)
+           for name, task in tasks.TASKS.items()}
+    olympiad = "Hothan/OlympiadBench"
+    assert hub == {
+        "own": (16, "question", "answer", 1),
+        "limo": (16, "GAIR/LIMO", None, "train", "question", "answer", 1),
+        "aime25": (16, "math-ai/aime25", None, "test", "problem", "answer", 1),
+        "olympiad-maths": (64, olympiad, "OE_TO_maths_en_COMP", "train", "question", "final_answer", 1),
+        "olympiad-physics": (64, olympiad, "OE_TO_physics_en_COMP", "train", "question", "final_answer",
+                             1),
+        "gsm8k-x5": (16, "openai/gsm8k", "main", "test", "question", "answer", 5),
+        "math500": (64, "HuggingFaceH4/MATH-500", None, "test", "problem", "answer", 1)}
+
+
+def test_problems_from_the_hub(monkeypatch):
+    """The columns that a task names; a data set that lacks one is an error in a sentence."""
+    def load_dataset(name, configuration, split):
+        assert (name, configuration, split) == ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train")
+        return [{"question": "Q?", "final_answer": ["$4$"]},
+                {"question": "R?", "final_answer": ["1", "2"]}]
+    monkeypatch.setattr(import_module("datasets"), "load_dataset", load_dataset)
+    assert tasks.load("olympiad-maths") == [{"question": "Q?", "answers": ["$4$"]},
+                                            {"question": "R?", "answers": ["1, 2"]}]
+    monkeypatch.setattr(import_module("datasets"), "load_dataset", lambda *_, **__: [{"other": "Q?"}])
+    with pytest.raises(ValueError, match="math-ai/aime25.*problem.*--data"):
+        tasks.load("aime25")
+
+
+GOOD = '{"question": "a", "answer": "1"}\n'
+WRONG = {
+    GOOD + '{"question": \n': "line 2 of", GOOD + '{"question": "b"}\n': "line 2 of .* has no answer",
+    "": "empty", "\n": "empty", GOOD * 2: "line 2 of .* same as line 1",
+    '{"question": "a", "answer": null}': "no answer", '{"question": ["a"], "answer": "1"}': "line 1 of",
+    "[1]": "no question", "[" * 100000: "line 1 of", '{"question": " ", "answer": "1"}': "no question"}
+
+
+@pytest.mark.parametrize("content", WRONG, ids=range(len(WRONG)))
+def test_files_that_hold_no_problems(tmp_path, content):
+    """One sentence that names the line."""
+    (tmp_path / "data.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=WRONG[content]) as refusal:
+        tasks.load("own", str(tmp_path / "data.jsonl"))
+    assert "\n" not in str(refusal.value)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.text(min_size=1).filter(str.strip), st.integers()), min_size=1, max_size=5,
+                unique_by=lambda row: row[0]),
+       st.sampled_from(["", "\ufeff"]), st.sampled_from(["\n", "\n\n"]))
+def test_what_is_in_a_file_is_what_is_asked(tmp_path_factory, rows, start, gap):
+    """Any text is a question, word for word; blank lines and a byte order mark are nothing."""
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    lines = [json.dumps({"question": question, "answer": answer}) for question, answer in rows]
+    path.write_text(start + gap.join(lines))
+    assert tasks.load("own", str(path)) == [{"question": q, "answers": [str(a)]} for q, a in rows]
