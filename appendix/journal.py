@@ -8,6 +8,7 @@ with the next line.
 """
 import json
 import os
+import stat
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ try:
 except ImportError:  # Windows, where nothing keeps two processes from writing to one file
     fcntl = None
 
-from appendix.command import first_line, plain
+from appendix.command import first_line
 
 
 class Journal:
@@ -42,13 +43,13 @@ class Journal:
         self.file = self.open()
         try:
             theirs, self.rows, self.whole = read(path, kind, row_shape)
-            for key in {**theirs, **header} if theirs else ():
+            for key in {**theirs, **header} if self.whole else ():
                 if theirs.get(key) != header.get(key) and key not in may_differ:
-                    found = plain(repr(theirs.get(key)))[:200]
-                    raise ValueError(f"{path!r} holds work with {key} {found}, not {header.get(key)!r}: "
+                    found = f"{repr(key)[1:-1][:200]} {theirs.get(key)!r}"[:400]
+                    raise ValueError(f"{path!r} holds work with {found}, not {header.get(key)!r}: "
                                      "name another file")
             os.ftruncate(self.file, self.whole)
-            if not theirs:
+            if not self.whole:
                 self.write({"format": f"hogwild-{kind}-2", **header})
             if self.waiting:
                 raise ValueError(f"{path!r} cannot be written: {self.complained}")
@@ -61,6 +62,9 @@ class Journal:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
         try:
             file = os.open(self.path, flags, 0o666)
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                os.close(file)
+                raise OSError(None, "it is not a file")
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
@@ -90,10 +94,10 @@ class Journal:
             self.whole, self.waiting = self.whole + done, b""
         except OSError as error:
             os.ftruncate(self.file, self.whole)
-            if not self.complained:
-                self.complained = first_line(error)
-                print(f"{self.path} cannot be written at the moment ({self.complained}); "
+            if self.whole and not self.complained:
+                print(f"{self.path} cannot be written at the moment ({first_line(error)}); "
                       "the work goes on", file=sys.stderr)
+            self.complained = first_line(error)
 
     def __enter__(self):
         return self
@@ -158,8 +162,10 @@ def matches(value, shape):
 def own_picture(path, magic):
     """Raise ValueError unless `path` is new and can be made, or is a file that begins with `magic`."""
     try:
+        if os.path.islink(path):
+            raise ValueError(f"{path!r} is a link: name another file")
         with open(path, "rb") as file:
-            if not file.read(len(magic)).startswith(magic) or os.path.islink(path):
+            if not file.read(len(magic)).startswith(magic):
                 raise ValueError(f"{path!r} exists and is something else: name another file")
     except FileNotFoundError:
         if not Path(path).parent.is_dir() or not os.access(Path(path).parent, os.W_OK):
