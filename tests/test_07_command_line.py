@@ -1,0 +1,451 @@
+"""Chapter 7's command line: results that survive anything, the figures of the report, what is refused."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+
+import numpy as np
+import pytest
+import transformers
+from conftest import ROOT
+from helpers import tiny, tokenizer
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from appendix import command, curves, journal, models
+
+evaluation = import_module("07_eval_limo")
+generate = import_module("06_generate")
+
+
+def call(arguments):
+    """The command line's exit code."""
+    try:
+        return command.one_sentence(lambda: evaluation.main(arguments))
+    except SystemExit as ended:
+        return ended.code
+
+
+@pytest.fixture(scope="module")
+def without_loading():
+    """The command line works on a tiny model at once."""
+    toy = tiny("llama"), tokenizer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load", lambda *_, **__: toy)
+        patch.setattr(models, "fast_products", lambda model: model)
+        yield
+
+
+ARGUMENTS = ["--methods", "baseline", "hogwild:2", "--budgets", "2", "4", "--limit", "4",
+             "--seeds", "0", "1", "--device", "cpu", "--out"]
+SHORT = ["--methods", "baseline", "no-early-stop", "--budgets", "1", "2", "--limit", "2", "--device", "cpu",
+         "--answer-tokens", "1", "--out"]
+
+
+def lines_of(path):
+    """The results in a file, without what depends on the clock."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    for row in rows:
+        row.pop("seconds", None)
+        for entry in row["answers"].values():
+            entry.pop("seconds")
+    return sorted(rows, key=evaluation.key_of)
+
+
+def test_killed_at_twenty_moments_it_ends_as_if_undisturbed(without_loading, tmp_path, capfd):
+    """SIGKILL at random moments, started again each time: every run is there once, with the same answers."""
+    assert call([*ARGUMENTS, str(tmp_path / "calm.jsonl")]) == 0
+    path, chance, kills = tmp_path / "killed.jsonl", random.Random(0), 0
+    for _ in range(100):
+        child = os.fork()
+        if child == 0:
+            os._exit(call([*ARGUMENTS, str(path)]))
+        if kills < 20:
+            time.sleep(chance.uniform(0.02, 0.25))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kills += os.WIFSIGNALED(status)
+        if not os.WIFSIGNALED(status) and kills >= 20:
+            break
+        if kills in (5, 12) and path.exists():  # and in the middle of a line
+            with open(path, "ab") as file:
+                file.write(b'{"method": "baseline", "prob')
+    assert os.WEXITSTATUS(status) == 0 and kills == 20, status
+    results = lines_of(path)
+    assert len(results) == 16 == len({evaluation.key_of(result) for result in results})
+    assert results == lines_of(tmp_path / "calm.jsonl")
+    capfd.readouterr()
+
+
+@pytest.fixture(scope="module")
+def calm(without_loading, tmp_path_factory):
+    """The file of an undisturbed evaluation."""
+    path = tmp_path_factory.mktemp("calm") / "calm.jsonl"
+    assert call([*SHORT, str(path)]) == 0
+    return path
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 10**6))
+@example(0)
+@example(30)
+def test_cut_at_any_byte_it_ends_as_if_undisturbed(calm, cut):
+    """Whatever is left of the file: the same command completes it, and every run is there once."""
+    path, whole = calm.parent / "cut.jsonl", calm.read_bytes()
+    path.write_bytes(whole[:cut % len(whole)])
+    assert call([*SHORT, str(path)]) == 0
+    assert lines_of(path) == lines_of(calm) and len(lines_of(path)) == 4
+    assert path.read_bytes().splitlines()[0] == whole.splitlines()[0]
+
+
+JSON = st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.floats(0, 1), st.text(max_size=3),
+                 st.just([]), st.just({}), st.just("\x1b[2J"))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_an_edited_file_is_reported_or_refused(calm, data):
+    """Any value of any line replaced or removed: a report, or one sentence; never a traceback."""
+    rows = [json.loads(line) for line in calm.read_text().splitlines()]
+    place = data.draw(st.sampled_from(rows))
+    while True:
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        if not isinstance(place[key], (dict, list)) or not place[key] or data.draw(st.booleans()):
+            break
+        place = place[key]
+    if data.draw(st.booleans()):
+        place[key] = data.draw(JSON)
+    else:
+        del place[key]
+    path = calm.parent / "edited.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with np.errstate(all="ignore"):
+        assert call(["--report", str(path)]) in (0, 2)
+
+
+def test_a_fault_is_recorded_and_the_rest_goes_on(without_loading, tmp_path, monkeypatch, capsys):
+    """One problem fails: said in a sentence, counted as not right, and tried again by the next start."""
+    start = evaluation.runs_of
+
+    def fail(spec, model, tokenizer, question, *others):
+        if "have together" in question and broken:
+            raise RuntimeError("broken on purpose")
+        return start(spec, model, tokenizer, question, *others)
+
+    monkeypatch.setattr(evaluation, "runs_of", fail)
+    path, broken, png = tmp_path / "out.jsonl", True, tmp_path / "out.png"
+    assert call([*ARGUMENTS, str(path), "--png", str(png)]) == 1
+    said = capsys.readouterr()
+    assert "4 of 16 runs failed" in said.err and "broken on purpose" in said.err and "[OK]" not in said.out
+    assert said.err.count("\n") == 1
+    rows = lines_of(path)
+    assert len(rows) == 16 and sum("broken on purpose" in (row["error"] or "") for row in rows) == 4
+    assert png.stat().st_size > 10_000
+    assert call(["--report", str(path), str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "    16" not in said and "      8" in said
+    faults = [line.split()[-2] for line in said.splitlines() if line.startswith(("  baseline", "  hogwild"))]
+    assert faults[2:] == ["2", "2"]
+    broken = False
+    assert call([*ARGUMENTS, str(path), "--png", str(png)]) == 0
+    said = capsys.readouterr().out
+    assert "4 runs to do" in said.replace("\n", " ") and "[OK] 16 runs" in said
+    assert call(["--report", str(path)]) == 0
+    said = capsys.readouterr().out
+    faults = [line.split()[-2] for line in said.splitlines() if line.startswith(("  baseline", "  hogwild"))]
+    assert faults[2:] == ["0", "0"]
+
+
+def test_five_faults_in_a_row_end_it(without_loading, tmp_path, monkeypatch, capsys):
+    """Nobody waits for a thousand runs that fail: exit code 1; four faults and a success do not count."""
+    calls, start = [], evaluation.runs_of
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            return start(*arguments)
+        raise RuntimeError("out of memory")
+    monkeypatch.setattr(evaluation, "runs_of", fail)
+    path = tmp_path / "out.jsonl"
+    assert call([*ARGUMENTS, str(path)]) == 1
+    assert "five runs in a row failed" in capsys.readouterr().err
+    assert len(lines_of(path)) == 10 == len(calls) and sum(bool(row["error"]) for row in lines_of(path)) == 9
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupting_keeps_what_was_done(without_loading, calm, tmp_path, monkeypatch, capsys, name):
+    """Ctrl-C or SIGTERM in the third run: exit code 130, two results are kept, the same command goes on."""
+    advance, passes, path = generate.Hogwild.advance, [], tmp_path / "out.jsonl"
+
+    def interrupt(run):
+        passes.append(1)
+        if len(passes) == 6:
+            signal.raise_signal(getattr(signal, name))
+        return advance(run)
+    monkeypatch.setattr(generate.Hogwild, "advance", interrupt)
+    assert call([*SHORT, str(path)]) == 130
+    assert len(lines_of(path)) == 2 and "goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert call([*SHORT, str(path)]) == 0 and lines_of(path) == lines_of(calm)
+    # Nothing is left to do: no model is needed.
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert call([*SHORT, str(path)]) == 0
+
+
+def test_one_file_has_one_writer_and_is_ours(without_loading, calm, tmp_path, monkeypatch, capsys):
+    """A second process on the same file, and a file of somebody else, are refused; nothing is overwritten.
+    What other processes wrote beside it counts."""
+    path = tmp_path / "a[1].b"
+    with journal.Journal(str(path), "evaluation", {}, evaluation.ROW):
+        assert call([*SHORT, str(path)]) == 2 and "another process" in capsys.readouterr().err
+    for notes in (tmp_path / "notes", tmp_path / "notes.png"):
+        notes.write_text('{"my": "notes"}')
+        assert call([*SHORT, str(notes) if notes.suffix != ".png" else str(tmp_path / "x"), "--png",
+                     str(notes) if notes.suffix == ".png" else str(tmp_path / "x.png")]) == 2
+        assert notes.read_text() == '{"my": "notes"}'
+    header, *rows = calm.read_text().splitlines(keepends=True)
+    path.write_text(header + rows[0])
+    (tmp_path / "a[1].b.rank1-of-2").write_text(header + rows[1] + rows[2][:9])
+    (tmp_path / "a1.b.rank1-of-2").write_text("somebody's")
+    assert evaluation.files_of(str(path)) == [str(path), f"{path}.rank1-of-2"]
+    capsys.readouterr()
+    assert call([*SHORT, str(path)]) == 0 and "2 runs to do" in capsys.readouterr().out
+    assert len(path.read_text().splitlines()) == 4
+    (tmp_path / "a[1].b.rank1-of-2").write_text(header.replace('"own"', '"limo"') + rows[1])
+    assert call([*SHORT, str(path)]) == 2 and "other settings" in capsys.readouterr().err
+
+
+# -- the report -----------------------------------------------------------------------------------------
+
+def result(method, number, scores, seed=0, **others):
+    """A row as evaluations have them, asked at 10 and 20 passes."""
+    entry = {"understood": True, "answer": "7"}
+    answers = {str(b): {**entry, "score": s, "seconds": b / 10, "passes": b}
+               for b, s in zip((10, 20), scores or ())}
+    fault = {} if scores else {"answers": {b: evaluation.NOTHING for b in ("10", "20")}, "error": "x"}
+    return {"method": method, "problem": number, "seed": seed, "error": None, "ending": "passes",
+            "text": [], "answers": answers, **fault, **others}
+
+
+ROWS = {"baseline": [(0, 1), (0, 0), (0, 0)], "hogwild:2": [(1, 1), (0, 1), None]}
+RESULTS = [result(name, number, scores) for name, column in ROWS.items()
+           for number, scores in enumerate(column)]
+
+
+def test_the_figures_of_the_report():
+    """Wilson's interval as tabulated, means, passes to a right answer, and the ratio at equal accuracy."""
+    assert curves.interval(0.5, 10) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
+    assert curves.interval(0.0, 20) == (pytest.approx(0.0), pytest.approx(0.1611, abs=1e-4))
+    # Problem 9 was not done by hogwild: left out.
+    results = [*RESULTS, result("baseline", 9, (1, 1))]
+    table = evaluation.summary(results, [10, 20])
+    base, ours = table["baseline"], table["hogwild:2"]
+    assert list(base["accuracy"]) == [0, 1 / 3] and base["passes_to_right"] == 20 and base["count"] == 3
+    assert list(ours["accuracy"]) == [1 / 3, 2 / 3] and ours["faults"] == 1 and ours["passes_to_right"] == 15
+    assert list(ours["seconds"]) == [1, 2] and ours["none"] == ours["not_understood"] == 0
+    assert list(ours["scores"][:, 1]) == [1, 1, 0]
+    # Seeds are no problems, and the order of the lines means nothing.
+    again = evaluation.summary([{**row, "seed": 1} for row in results] + results[::-1], [10, 20])["hogwild:2"]
+    assert again["count"] == 3 and again["runs"] == 6 and list(again["accuracy"]) == list(ours["accuracy"])
+    with pytest.raises(ValueError, match="no problem yet"):
+        evaluation.summary([RESULTS[0], RESULTS[4]], [10, 20])  # one has done problem 0, the other 1
+    assert curves.passes_to_reach(0.5, [10, 20], [0, 0.5]) == 20
+    assert curves.passes_to_reach(0.5, [10, 20], [1 / 3, 2 / 3]) == pytest.approx(15)
+    assert curves.relative_passes([10, 20], [1 / 3, 2 / 3], [0, 0.5]) == "0.75 (at 50%)"
+    # Reached before the first budget: not measured.
+    assert curves.relative_passes([10, 20], [0.9, 0.9], [0, 0.5]) == "–"
+    assert curves.difference([1, 1, 0], [0, 0, 0]) == (pytest.approx(2 / 3), 0, 1)
+
+
+def test_what_is_counted_of_answers():
+    """None, not understood, ended by the context; several seeds of a problem are one problem, averaged."""
+    some = [result("hogwild:2", 0, (0, 0), ending="context"), result("hogwild:2", 0, (1, 1), seed=1),
+            result("hogwild:2", 1, (0, 0)), result("hogwild:2", 1, (0, 0), seed=1)]
+    some[0]["answers"]["20"]["answer"] = " "
+    some[2]["answers"]["20"]["understood"] = False
+    row = evaluation.summary(some, [10, 20])["hogwild:2"]
+    assert (row["none"], row["not_understood"], row["context"], row["faults"]) == (1, 1, 1, 0)
+    assert row["count"] == 2 and list(row["accuracy"]) == [0.25, 0.25] and row["passes_to_right"] == 10
+    assert [list(column) for column in row["scores"]] == [[0.5, 0.5], [0, 0]]
+    nothing = evaluation.summary([result("baseline", 0, None)], [10, 20])["baseline"]
+    assert (nothing["faults"], nothing["none"], nothing["passes_to_right"]) == (1, 0, None)
+    # A run that failed and was tried again counts once, whatever the order.
+    twice = [result("baseline", 0, None), result("baseline", 0, (1, 1)), result("baseline", 0, None)]
+    assert evaluation.one_each(twice) == [twice[1]]
+
+
+def test_the_tables(capsys, tmp_path):
+    """Shares with intervals, the paired difference, the ratio of passes; and the picture."""
+    header = {"model": "m\x1b", "task": "own", "data": None, "budgets": [10, 20]}
+    evaluation.report(header, RESULTS, str(tmp_path / "x.png"))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["hogwild:2", "3", "33%", "(6%–79%)", "67%", "(21%–94%)"] in lines
+    assert ["hogwild:2", "+33%", "(+0%", "–", "+100%)", "–", "15", "0", "0", "1", "0"] in lines
+    assert ["baseline", "–", "–", "20", "0", "0", "0", "0"] in lines and not any("\x1b" in w for l in lines for w in l)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+SHARES = st.floats(0, 1)
+
+
+@settings(deadline=None)
+@given(SHARES, st.integers(1, 10**6))
+def test_intervals(share, count):
+    """Within 0 and 1, around the share; narrower with more problems; what is wrong has the mirrored one."""
+    low, high = curves.interval(share, count)
+    assert -1e-12 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1 + 1e-12 and high > low
+    assert curves.interval(1 - share, count) == (pytest.approx(1 - high), pytest.approx(1 - low))
+    less, more = curves.interval(share, 2 * count)
+    assert more - less < high - low
+    # Wilson's interval is where the share lies within z standard errors of what is supposed.
+    for end in (low, high):
+        assert (share - end) ** 2 == pytest.approx(1.959964 ** 2 * end * (1 - end) / count, abs=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(SHARES, SHARES), min_size=1, max_size=20))
+def test_differences(pairs):
+    """The interval is around the mean and within what was seen; exchanged methods have the mirrored one."""
+    mine, theirs = map(np.array, zip(*pairs))
+    mean, low, high = curves.difference(mine, theirs)
+    assert mean == pytest.approx(np.mean(mine - theirs)) and low <= mean + 1e-9 and mean <= high + 1e-9
+    assert min(mine - theirs) - 1e-9 <= low and high <= max(mine - theirs) + 1e-9
+    assert curves.difference(theirs, mine) == tuple(map(pytest.approx, (-mean, -high, -low)))
+    assert curves.difference(mine, mine) == (0, 0, 0)
+
+
+@settings(deadline=None)
+@given(st.lists(SHARES, min_size=2, max_size=6), SHARES)
+def test_passes_to_reach(accuracy, level):
+    """On the line between two budgets, where it reaches the level for the first time."""
+    budgets = [2 ** k for k in range(len(accuracy))]
+    at = curves.passes_to_reach(level, budgets, accuracy)
+    if at is None:
+        assert not any(low < level <= high for low, high in zip(accuracy, accuracy[1:]))
+    else:
+        assert np.interp(at, budgets, accuracy) == pytest.approx(level)
+        assert budgets[0] < at + 1e-9 and at <= budgets[-1] + 1e-9
+
+
+# -- what is refused ------------------------------------------------------------------------------------
+
+GOOD = '{"question": "a", "answer": "1"}\n'
+WRONG = {
+    "broken": (GOOD + '{"question": \n', [], "line 2 of"),
+    "field": (GOOD + '{"question": "b"}\n', [], "line 2 of"),
+    "empty": ("", [], "empty"), "twice": (GOOD * 2, [], "line 2 of"),
+    "few": (GOOD, ["--task", "gsm8k-x5"], "only 1"), "method": (GOOD, ["--methods", "magic"], "no method"),
+    "workers": (GOOD, ["--methods", "hogwild:99"], "1 to 16"), "none": (GOOD, ["--methods", "hogwild:0"], "1 to 16"),
+    "solo": (GOOD, ["--methods", "baseline:2"], "1 to 1"), "task": (GOOD, ["--task", "magic"], "no task"),
+    "budgets": (GOOD, ["--budgets", "8", "8"], "increasing"),
+    "budget": (GOOD, ["--budgets", "0"], "increasing"), "many": (GOOD, ["--budgets", "many"], "many"),
+    "limit": (GOOD, ["--limit", "0"], "at least 1"), "seed": (GOOD, ["--seeds", "-1"], "seed"),
+    "seeds": (GOOD, ["--seeds", "1", "1"], "twice"), "context": (GOOD, ["--context", "0"], "context"),
+    "out": (GOOD, ["--out", "no/such/folder.jsonl"], "cannot be written"),
+    "png": (GOOD, ["--png", "no/such/folder.png"], "cannot be written"), "data": (None, [], "cannot be read"),
+    "other": (GOOD, ["--budgets", "3"], "budgets [2, 4], not [3]"),
+    "report": (GOOD, ["--report", "nothing.jsonl"], "cannot be read"),
+    "nothing": (GOOD, ["--report", "eval.jsonl"], "no results"),
+    "torchrun": (GOOD, ["--tensor-parallel", "--out", "tp.jsonl"], "torchrun"),
+    "answers": (GOOD, ["--answer-tokens", "0"], "answer_tokens"),
+    "null": ('{"question": "a", "answer": null}', [], "no answer"),
+    "list": ('{"question": ["a"], "answer": "1"}', [], "line 1 of"),
+    "greedy": (GOOD, ["--greedy", "--seeds", "1", "2"], "give one"),
+    "picture": (GOOD, ["--png", "x.jpg"], "end in .png"), "device": (GOOD, ["--device", "toaster"], "device"),
+    "foreign": (GOOD, ["--out", "data.jsonl"], "same file"), "one": (GOOD, ["--out", "a.png", "--png", "a.png"], "same"),
+    "notes": (GOOD, ["--out", "notes"], "name another file"), "no out": (GOOD, ["--out", ""], "empty"),
+    "math": (GOOD, ["--budgets", "2", "4"], "math_verify"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_refused_before_a_model_is_loaded(case, tmp_path, monkeypatch, capsys):
+    """One sentence that names the line, the value or the difference; exit code 2."""
+    content, arguments, word = WRONG[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "notes").write_text("notes")
+    if content is not None:
+        (tmp_path / "data.jsonl").write_text(content)
+    if case in ("other", "nothing"):  # (a run of theirs, which stops as soon as its file is there)
+        monkeypatch.setattr(models, "prepared", lambda *_: sys.exit(9))
+        assert call(["--data", "data.jsonl", "--budgets", "2", "4"]) == 9
+        capsys.readouterr()
+    if case == "math":
+        monkeypatch.setitem(sys.modules, "math_verify", None)
+    code, said = call(["--data", "data.jsonl", *arguments]), capsys.readouterr().err
+    assert code == 2 and word in said and said.count("\n") == 1, said
+    assert content is None or (tmp_path / "data.jsonl").read_text() == content
+    assert (tmp_path / "notes").read_text() == "notes"
+
+
+def test_a_hub_that_is_out_of_reach(monkeypatch, capsys, tmp_path):
+    """Names the data set, and the way out."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+
+    def offline(*arguments, **options):
+        raise ConnectionError("no route to the hub\nand a long story")
+    monkeypatch.setattr(import_module("datasets"), "load_dataset", offline)
+    assert call(["--task", "limo", "--out", str(tmp_path / "x.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert "GAIR/LIMO" in said and "no route" in said and "--data" in said and said.count("\n") == 1
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_what_all_results_have_in_common(without_loading, tmp_path, monkeypatch):
+    """The first line names everything that shapes an answer: another data file is another evaluation."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text(GOOD)
+    run = ["--data", "data.jsonl", "--task", "math500", "--budgets", "1", "--methods", "baseline", "--device", "cpu"]
+    assert call(run) == 0
+    header, rows, _ = journal.read("eval.jsonl", "evaluation", evaluation.ROW)
+    assert header == {"model": "SmolLM2-135M-Instruct", "dtype": "auto", "task": "math500", "budgets": [1],
+                      "data": "data.jsonl (f4a1bd9d3b0b)", "greedy": False, "check_every": 1024,
+                      "answer_tokens": 64, "context": None} | {"data": header["data"]}
+    assert header["data"].startswith("data.jsonl (") and len(rows) == 1
+    (tmp_path / "data.jsonl").write_text(GOOD.replace("1", "2"))
+    assert call(run) == 2
+    what = evaluation.Evaluation(model="hub/name")
+    assert what.budgets == [256, 512, 1024, 2048, 4096] and evaluation.Evaluation().budgets == [32, 64]
+
+
+def test_processes_share_the_problems_or_the_model(smollm, tmp_path):
+    """torchrun: two processes split the runs; three shard a model with SmolLM2's 9 and 3 heads. Same words
+    as one process."""
+    model, tokenizer = smollm
+    config = model.config.to_dict()
+    for key in ("quantization_config", "layer_types", "_name_or_path"):
+        config.pop(key, None)
+    small = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, "num_hidden_layers": 2}))
+    small.load_state_dict(model.state_dict(), strict=False)  # its first layers, with the real weights
+    small.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    watch = tmp_path / "watch.py"  # the chapter, saying how many key heads a process keeps
+    watch.write_text(
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nfrom importlib import import_module\n"
+        "evaluation, cache = import_module('07_eval_limo'), import_module('02_shared_cache').SharedCache\n"
+        "write, heads = cache.write, set()\n"
+        "cache.write = lambda self, layer, k, v: heads.add(k.shape[0]) or write(self, layer, k, v)\n"
+        "code = evaluation.main()\nprint('key heads', heads)\nsys.exit(code)\n")
+    common = ["--model", str(tmp_path / "model"), "--budgets", "6", "--methods", "baseline", "hogwild:2",
+              "--limit", "2", "--greedy", "--device", "cpu", "--out"]
+    rows = {}
+    for count, extra in ((1, []), (2, []), (3, ["--tensor-parallel"])):
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(count)] if count > 1 else []
+        program = [sys.executable, *torchrun, str(watch), *common, str(tmp_path / f"{count}.jsonl"), *extra]
+        run = subprocess.run(program, capture_output=True, text=True, check=False,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert run.returncode == 0, run.stderr[-2000:]
+        assert run.stdout.count(f"key heads {{{3 if count < 3 else 1}}}") == count
+        assert run.stdout.count("[OK] 4 runs") == 1
+        files = evaluation.files_of(str(tmp_path / f"{count}.jsonl"))
+        assert len(files) == (2 if count == 2 else 1)
+        rows[count] = [row for file in files for row in lines_of(tmp_path / file)]
+    texts = [{evaluation.key_of(row): (row["text"], row["answers"]) for row in rows[count]}
+             for count in (1, 2, 3)]
+    assert len(texts[0]) == 4 and texts[0] == texts[1] == texts[2]
