@@ -1,4 +1,6 @@
-"""Chapter 7's command line: results that survive anything, the figures of the report, what is refused."""
+"""Chapter 7's command line: results that survive anything, the figures of the report, what is
+refused."""
+import hashlib
 import json
 import os
 import random
@@ -16,7 +18,7 @@ from helpers import tiny, tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from appendix import command, curves, journal, models
+from appendix import command, journal, models
 
 evaluation = import_module("07_eval_limo")
 generate = import_module("06_generate")
@@ -31,7 +33,7 @@ def call(arguments):
 
 
 @pytest.fixture(scope="module")
-def without_loading():
+def without_loading(smollm):  # (loaded before models.load is another function)
     """The command line works on a tiny model at once."""
     toy = tiny("llama"), tokenizer()
     with pytest.MonkeyPatch.context() as patch:
@@ -42,8 +44,8 @@ def without_loading():
 
 ARGUMENTS = ["--methods", "baseline", "hogwild:2", "--budgets", "2", "4", "--limit", "4",
              "--seeds", "0", "1", "--device", "cpu", "--out"]
-SHORT = ["--methods", "baseline", "no-early-stop", "--budgets", "1", "2", "--limit", "2", "--device", "cpu",
-         "--answer-tokens", "1", "--out"]
+SHORT = ["--methods", "baseline", "no-early-stop", "--budgets", "1", "2", "--limit", "2",
+         "--device", "cpu", "--answer-tokens", "1", "--out"]
 
 
 def lines_of(path):
@@ -57,7 +59,8 @@ def lines_of(path):
 
 
 def test_killed_at_twenty_moments_it_ends_as_if_undisturbed(without_loading, tmp_path, capfd):
-    """SIGKILL at random moments, started again each time: every run is there once, with the same answers."""
+    """SIGKILL at random moments, started again each time: every run is there once, with the same
+    answers."""
     assert call([*ARGUMENTS, str(tmp_path / "calm.jsonl")]) == 0
     path, chance, kills = tmp_path / "killed.jsonl", random.Random(0), 0
     for _ in range(100):
@@ -127,6 +130,12 @@ def test_an_edited_file_is_reported_or_refused(calm, data):
         assert call(["--report", str(path)]) in (0, 2)
 
 
+def faults_in(report):
+    """What the second table of a report says of each method."""
+    lines = [line for line in report.splitlines() if line.startswith(("  baseline", "  hogwild"))]
+    return [line.split()[-2] for line in lines[2:]]
+
+
 def test_a_fault_is_recorded_and_the_rest_goes_on(without_loading, tmp_path, monkeypatch, capsys):
     """One problem fails: said in a sentence, counted as not right, and tried again by the next start."""
     start = evaluation.runs_of
@@ -140,28 +149,27 @@ def test_a_fault_is_recorded_and_the_rest_goes_on(without_loading, tmp_path, mon
     path, broken, png = tmp_path / "out.jsonl", True, tmp_path / "out.png"
     assert call([*ARGUMENTS, str(path), "--png", str(png)]) == 1
     said = capsys.readouterr()
-    assert "4 of 16 runs failed" in said.err and "broken on purpose" in said.err and "[OK]" not in said.out
-    assert said.err.count("\n") == 1
+    assert "4 of 16 runs failed" in said.err and "broken on purpose" in said.err
+    assert "[OK]" not in said.out and said.err.count("\n") == 1
     rows = lines_of(path)
     assert len(rows) == 16 and sum("broken on purpose" in (row["error"] or "") for row in rows) == 4
     assert png.stat().st_size > 10_000
     assert call(["--report", str(path), str(path)]) == 0
     said = capsys.readouterr().out
     assert "    16" not in said and "      8" in said
-    faults = [line.split()[-2] for line in said.splitlines() if line.startswith(("  baseline", "  hogwild"))]
-    assert faults[2:] == ["2", "2"]
+    assert faults_in(said) == ["2", "2"]
     broken = False
     assert call([*ARGUMENTS, str(path), "--png", str(png)]) == 0
     said = capsys.readouterr().out
     assert "4 runs to do" in said.replace("\n", " ") and "[OK] 16 runs" in said
     assert call(["--report", str(path)]) == 0
     said = capsys.readouterr().out
-    faults = [line.split()[-2] for line in said.splitlines() if line.startswith(("  baseline", "  hogwild"))]
-    assert faults[2:] == ["0", "0"]
+    assert faults_in(said) == ["0", "0"]
 
 
 def test_five_faults_in_a_row_end_it(without_loading, tmp_path, monkeypatch, capsys):
-    """Nobody waits for a thousand runs that fail: exit code 1; four faults and a success do not count."""
+    """Nobody waits for a thousand runs that fail: exit code 1; four faults and a success do not
+    count."""
     calls, start = [], evaluation.runs_of
 
     def fail(*arguments):
@@ -173,12 +181,14 @@ def test_five_faults_in_a_row_end_it(without_loading, tmp_path, monkeypatch, cap
     path = tmp_path / "out.jsonl"
     assert call([*ARGUMENTS, str(path)]) == 1
     assert "five runs in a row failed" in capsys.readouterr().err
-    assert len(lines_of(path)) == 10 == len(calls) and sum(bool(row["error"]) for row in lines_of(path)) == 9
+    assert len(lines_of(path)) == 10 == len(calls)
+    assert sum(bool(row["error"]) for row in lines_of(path)) == 9
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interrupting_keeps_what_was_done(without_loading, calm, tmp_path, monkeypatch, capsys, name):
-    """Ctrl-C or SIGTERM in the third run: exit code 130, two results are kept, the same command goes on."""
+    """Ctrl-C or SIGTERM in the third run: exit code 130, two results are kept, the same command goes
+    on."""
     advance, passes, path = generate.Hogwild.advance, [], tmp_path / "out.jsonl"
 
     def interrupt(run):
@@ -197,7 +207,8 @@ def test_interrupting_keeps_what_was_done(without_loading, calm, tmp_path, monke
 
 
 def test_one_file_has_one_writer_and_is_ours(without_loading, calm, tmp_path, monkeypatch, capsys):
-    """A second process on the same file, and a file of somebody else, are refused; nothing is overwritten.
+    """A second process on the same file, and a file of somebody else, are refused; nothing is
+    overwritten.
     What other processes wrote beside it counts."""
     path = tmp_path / "a[1].b"
     with journal.Journal(str(path), "evaluation", {}, evaluation.ROW):
@@ -219,118 +230,6 @@ def test_one_file_has_one_writer_and_is_ours(without_loading, calm, tmp_path, mo
     assert call([*SHORT, str(path)]) == 2 and "other settings" in capsys.readouterr().err
 
 
-# -- the report -----------------------------------------------------------------------------------------
-
-def result(method, number, scores, seed=0, **others):
-    """A row as evaluations have them, asked at 10 and 20 passes."""
-    entry = {"understood": True, "answer": "7"}
-    answers = {str(b): {**entry, "score": s, "seconds": b / 10, "passes": b}
-               for b, s in zip((10, 20), scores or ())}
-    fault = {} if scores else {"answers": {b: evaluation.NOTHING for b in ("10", "20")}, "error": "x"}
-    return {"method": method, "problem": number, "seed": seed, "error": None, "ending": "passes",
-            "text": [], "answers": answers, **fault, **others}
-
-
-ROWS = {"baseline": [(0, 1), (0, 0), (0, 0)], "hogwild:2": [(1, 1), (0, 1), None]}
-RESULTS = [result(name, number, scores) for name, column in ROWS.items()
-           for number, scores in enumerate(column)]
-
-
-def test_the_figures_of_the_report():
-    """Wilson's interval as tabulated, means, passes to a right answer, and the ratio at equal accuracy."""
-    assert curves.interval(0.5, 10) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
-    assert curves.interval(0.0, 20) == (pytest.approx(0.0), pytest.approx(0.1611, abs=1e-4))
-    # Problem 9 was not done by hogwild: left out.
-    results = [*RESULTS, result("baseline", 9, (1, 1))]
-    table = evaluation.summary(results, [10, 20])
-    base, ours = table["baseline"], table["hogwild:2"]
-    assert list(base["accuracy"]) == [0, 1 / 3] and base["passes_to_right"] == 20 and base["count"] == 3
-    assert list(ours["accuracy"]) == [1 / 3, 2 / 3] and ours["faults"] == 1 and ours["passes_to_right"] == 15
-    assert list(ours["seconds"]) == [1, 2] and ours["none"] == ours["not_understood"] == 0
-    assert list(ours["scores"][:, 1]) == [1, 1, 0]
-    # Seeds are no problems, and the order of the lines means nothing.
-    again = evaluation.summary([{**row, "seed": 1} for row in results] + results[::-1], [10, 20])["hogwild:2"]
-    assert again["count"] == 3 and again["runs"] == 6 and list(again["accuracy"]) == list(ours["accuracy"])
-    with pytest.raises(ValueError, match="no problem yet"):
-        evaluation.summary([RESULTS[0], RESULTS[4]], [10, 20])  # one has done problem 0, the other 1
-    assert curves.passes_to_reach(0.5, [10, 20], [0, 0.5]) == 20
-    assert curves.passes_to_reach(0.5, [10, 20], [1 / 3, 2 / 3]) == pytest.approx(15)
-    assert curves.relative_passes([10, 20], [1 / 3, 2 / 3], [0, 0.5]) == "0.75 (at 50%)"
-    # Reached before the first budget: not measured.
-    assert curves.relative_passes([10, 20], [0.9, 0.9], [0, 0.5]) == "–"
-    assert curves.difference([1, 1, 0], [0, 0, 0]) == (pytest.approx(2 / 3), 0, 1)
-
-
-def test_what_is_counted_of_answers():
-    """None, not understood, ended by the context; several seeds of a problem are one problem, averaged."""
-    some = [result("hogwild:2", 0, (0, 0), ending="context"), result("hogwild:2", 0, (1, 1), seed=1),
-            result("hogwild:2", 1, (0, 0)), result("hogwild:2", 1, (0, 0), seed=1)]
-    some[0]["answers"]["20"]["answer"] = " "
-    some[2]["answers"]["20"]["understood"] = False
-    row = evaluation.summary(some, [10, 20])["hogwild:2"]
-    assert (row["none"], row["not_understood"], row["context"], row["faults"]) == (1, 1, 1, 0)
-    assert row["count"] == 2 and list(row["accuracy"]) == [0.25, 0.25] and row["passes_to_right"] == 10
-    assert [list(column) for column in row["scores"]] == [[0.5, 0.5], [0, 0]]
-    nothing = evaluation.summary([result("baseline", 0, None)], [10, 20])["baseline"]
-    assert (nothing["faults"], nothing["none"], nothing["passes_to_right"]) == (1, 0, None)
-    # A run that failed and was tried again counts once, whatever the order.
-    twice = [result("baseline", 0, None), result("baseline", 0, (1, 1)), result("baseline", 0, None)]
-    assert evaluation.one_each(twice) == [twice[1]]
-
-
-def test_the_tables(capsys, tmp_path):
-    """Shares with intervals, the paired difference, the ratio of passes; and the picture."""
-    header = {"model": "m\x1b", "task": "own", "data": None, "budgets": [10, 20]}
-    evaluation.report(header, RESULTS, str(tmp_path / "x.png"))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["hogwild:2", "3", "33%", "(6%–79%)", "67%", "(21%–94%)"] in lines
-    assert ["hogwild:2", "+33%", "(+0%", "–", "+100%)", "–", "15", "0", "0", "1", "0"] in lines
-    assert ["baseline", "–", "–", "20", "0", "0", "0", "0"] in lines and not any("\x1b" in w for l in lines for w in l)
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-
-
-SHARES = st.floats(0, 1)
-
-
-@settings(deadline=None)
-@given(SHARES, st.integers(1, 10**6))
-def test_intervals(share, count):
-    """Within 0 and 1, around the share; narrower with more problems; what is wrong has the mirrored one."""
-    low, high = curves.interval(share, count)
-    assert -1e-12 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1 + 1e-12 and high > low
-    assert curves.interval(1 - share, count) == (pytest.approx(1 - high), pytest.approx(1 - low))
-    less, more = curves.interval(share, 2 * count)
-    assert more - less < high - low
-    # Wilson's interval is where the share lies within z standard errors of what is supposed.
-    for end in (low, high):
-        assert (share - end) ** 2 == pytest.approx(1.959964 ** 2 * end * (1 - end) / count, abs=1e-9)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(SHARES, SHARES), min_size=1, max_size=20))
-def test_differences(pairs):
-    """The interval is around the mean and within what was seen; exchanged methods have the mirrored one."""
-    mine, theirs = map(np.array, zip(*pairs))
-    mean, low, high = curves.difference(mine, theirs)
-    assert mean == pytest.approx(np.mean(mine - theirs)) and low <= mean + 1e-9 and mean <= high + 1e-9
-    assert min(mine - theirs) - 1e-9 <= low and high <= max(mine - theirs) + 1e-9
-    assert curves.difference(theirs, mine) == tuple(map(pytest.approx, (-mean, -high, -low)))
-    assert curves.difference(mine, mine) == (0, 0, 0)
-
-
-@settings(deadline=None)
-@given(st.lists(SHARES, min_size=2, max_size=6), SHARES)
-def test_passes_to_reach(accuracy, level):
-    """On the line between two budgets, where it reaches the level for the first time."""
-    budgets = [2 ** k for k in range(len(accuracy))]
-    at = curves.passes_to_reach(level, budgets, accuracy)
-    if at is None:
-        assert not any(low < level <= high for low, high in zip(accuracy, accuracy[1:]))
-    else:
-        assert np.interp(at, budgets, accuracy) == pytest.approx(level)
-        assert budgets[0] < at + 1e-9 and at <= budgets[-1] + 1e-9
-
-
 # -- what is refused ------------------------------------------------------------------------------------
 
 GOOD = '{"question": "a", "answer": "1"}\n'
@@ -338,15 +237,19 @@ WRONG = {
     "broken": (GOOD + '{"question": \n', [], "line 2 of"),
     "field": (GOOD + '{"question": "b"}\n', [], "line 2 of"),
     "empty": ("", [], "empty"), "twice": (GOOD * 2, [], "line 2 of"),
-    "few": (GOOD, ["--task", "gsm8k-x5"], "only 1"), "method": (GOOD, ["--methods", "magic"], "no method"),
-    "workers": (GOOD, ["--methods", "hogwild:99"], "1 to 16"), "none": (GOOD, ["--methods", "hogwild:0"], "1 to 16"),
-    "solo": (GOOD, ["--methods", "baseline:2"], "1 to 1"), "task": (GOOD, ["--task", "magic"], "no task"),
+    "few": (GOOD, ["--task", "gsm8k-x5"], "only 1"),
+    "method": (GOOD, ["--methods", "magic"], "no method"),
+    "workers": (GOOD, ["--methods", "hogwild:99"], "1 to 16"),
+    "none": (GOOD, ["--methods", "hogwild:0"], "1 to 16"),
+    "solo": (GOOD, ["--methods", "baseline:2"], "1 to 1"),
+    "task": (GOOD, ["--task", "magic"], "no task"),
     "budgets": (GOOD, ["--budgets", "8", "8"], "increasing"),
     "budget": (GOOD, ["--budgets", "0"], "increasing"), "many": (GOOD, ["--budgets", "many"], "many"),
     "limit": (GOOD, ["--limit", "0"], "at least 1"), "seed": (GOOD, ["--seeds", "-1"], "seed"),
     "seeds": (GOOD, ["--seeds", "1", "1"], "twice"), "context": (GOOD, ["--context", "0"], "context"),
     "out": (GOOD, ["--out", "no/such/folder.jsonl"], "cannot be written"),
-    "png": (GOOD, ["--png", "no/such/folder.png"], "cannot be written"), "data": (None, [], "cannot be read"),
+    "png": (GOOD, ["--png", "no/such/folder.png"], "cannot be written"),
+    "data": (None, [], "cannot be read"),
     "other": (GOOD, ["--budgets", "3"], "budgets [2, 4], not [3]"),
     "report": (GOOD, ["--report", "nothing.jsonl"], "cannot be read"),
     "nothing": (GOOD, ["--report", "eval.jsonl"], "no results"),
@@ -355,8 +258,10 @@ WRONG = {
     "null": ('{"question": "a", "answer": null}', [], "no answer"),
     "list": ('{"question": ["a"], "answer": "1"}', [], "line 1 of"),
     "greedy": (GOOD, ["--greedy", "--seeds", "1", "2"], "give one"),
-    "picture": (GOOD, ["--png", "x.jpg"], "end in .png"), "device": (GOOD, ["--device", "toaster"], "device"),
-    "foreign": (GOOD, ["--out", "data.jsonl"], "same file"), "one": (GOOD, ["--out", "a.png", "--png", "a.png"], "same"),
+    "picture": (GOOD, ["--png", "x.jpg"], "end in .png"),
+    "device": (GOOD, ["--device", "toaster"], "device"),
+    "foreign": (GOOD, ["--out", "data.jsonl"], "same file"),
+    "one": (GOOD, ["--out", "a.png", "--png", "a.png"], "same"),
     "notes": (GOOD, ["--out", "notes"], "name another file"), "no out": (GOOD, ["--out", ""], "empty"),
     "math": (GOOD, ["--budgets", "2", "4"], "math_verify"),
 }
@@ -401,13 +306,15 @@ def test_what_all_results_have_in_common(without_loading, tmp_path, monkeypatch)
     """The first line names everything that shapes an answer: another data file is another evaluation."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.jsonl").write_text(GOOD)
-    run = ["--data", "data.jsonl", "--task", "math500", "--budgets", "1", "--methods", "baseline", "--device", "cpu"]
+    run = ["--data", "data.jsonl", "--task", "math500", "--budgets", "1", "--methods", "baseline",
+           "--device", "cpu"]
     assert call(run) == 0
     header, rows, _ = journal.read("eval.jsonl", "evaluation", evaluation.ROW)
-    assert header == {"model": "SmolLM2-135M-Instruct", "dtype": "auto", "task": "math500", "budgets": [1],
-                      "data": "data.jsonl (f4a1bd9d3b0b)", "greedy": False, "check_every": 1024,
-                      "answer_tokens": 64, "context": None} | {"data": header["data"]}
-    assert header["data"].startswith("data.jsonl (") and len(rows) == 1
+    digest = hashlib.sha256(GOOD.encode()).hexdigest()[:12]
+    assert len(rows) == 1 and header == {
+        "model": "SmolLM2-135M-Instruct", "dtype": "auto", "task": "math500", "budgets": [1],
+        "data": f"data.jsonl ({digest})", "greedy": False, "check_every": 1024, "answer_tokens": 64,
+        "context": None}
     (tmp_path / "data.jsonl").write_text(GOOD.replace("1", "2"))
     assert call(run) == 2
     what = evaluation.Evaluation(model="hub/name")
@@ -415,7 +322,8 @@ def test_what_all_results_have_in_common(without_loading, tmp_path, monkeypatch)
 
 
 def test_processes_share_the_problems_or_the_model(smollm, tmp_path):
-    """torchrun: two processes split the runs; three shard a model with SmolLM2's 9 and 3 heads. Same words
+    """torchrun: two processes split the runs; three shard a model with SmolLM2's 9 and 3 heads.
+    Same words
     as one process."""
     model, tokenizer = smollm
     config = model.config.to_dict()
@@ -428,7 +336,8 @@ def test_processes_share_the_problems_or_the_model(smollm, tmp_path):
     watch = tmp_path / "watch.py"  # the chapter, saying how many key heads a process keeps
     watch.write_text(
         f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nfrom importlib import import_module\n"
-        "evaluation, cache = import_module('07_eval_limo'), import_module('02_shared_cache').SharedCache\n"
+        "evaluation = import_module('07_eval_limo')\n"
+        "cache = import_module('02_shared_cache').SharedCache\n"
         "write, heads = cache.write, set()\n"
         "cache.write = lambda self, layer, k, v: heads.add(k.shape[0]) or write(self, layer, k, v)\n"
         "code = evaluation.main()\nprint('key heads', heads)\nsys.exit(code)\n")
@@ -437,13 +346,14 @@ def test_processes_share_the_problems_or_the_model(smollm, tmp_path):
     rows = {}
     for count, extra in ((1, []), (2, []), (3, ["--tensor-parallel"])):
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(count)] if count > 1 else []
-        program = [sys.executable, *torchrun, str(watch), *common, str(tmp_path / f"{count}.jsonl"), *extra]
+        out = str(tmp_path / f"{count}.jsonl")
+        program = [sys.executable, *torchrun, str(watch), *common, out, *extra]
         run = subprocess.run(program, capture_output=True, text=True, check=False,
                              env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert run.returncode == 0, run.stderr[-2000:]
         assert run.stdout.count(f"key heads {{{3 if count < 3 else 1}}}") == count
         assert run.stdout.count("[OK] 4 runs") == 1
-        files = evaluation.files_of(str(tmp_path / f"{count}.jsonl"))
+        files = evaluation.files_of(out)
         assert len(files) == (2 if count == 2 else 1)
         rows[count] = [row for file in files for row in lines_of(tmp_path / file)]
     texts = [{evaluation.key_of(row): (row["text"], row["answers"]) for row in rows[count]}
