@@ -250,9 +250,11 @@ def encode(model, ropes, recordings, size=256, frugal=True):
     return output.logits[0], cache
 
 
-def loss(model, ropes, recordings, **options):
+def loss(model, ropes, recordings, weight=None, **options):
     """Mean cross-entropy (nats, a scalar tensor) of the workers' own tokens, given what each then saw.
 
+    Args:
+        weight: [vocabulary] how much each token counts, None: all alike; options: of `encode`.
     Raises:
         ValueError: no token was sampled in these recordings.
     """
@@ -261,4 +263,4 @@ def loss(model, ropes, recordings, **options):
     sampled = sampled[sampled != IGNORE]  # [M]
     if not len(sampled):
         raise ValueError("nothing was sampled in these recordings: there is nothing to learn from them")
-    return F.cross_entropy(logits.float(), sampled.to(logits.device))
+    return F.cross_entropy(logits.float(), sampled.to(logits.device), weight)
