@@ -289,8 +289,8 @@ def test_models_that_would_be_answered_wrongly_are_refused():
     tokens = {"eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0}
     small = {"vocab_size": 256, "num_hidden_layers": 2}
     falcon = FalconConfig(**small, hidden_size=48, num_attention_heads=6)
-    refused = [(CohereConfig(**TINY, **tokens), "does not turn"),
-               (SmolLM3Config(**TINY, **tokens, no_rope_layers=[1, 1, 0, 1]), "does not turn"),
+    refused = [(CohereConfig(**TINY, **tokens), "does not rotate"),
+               (SmolLM3Config(**TINY, **tokens, no_rope_layers=[1, 1, 0, 1]), "does not rotate"),
                (falcon, "does not attend"), (Gemma2Config(**TINY, head_dim=16), "softcap"),
                (LlamaConfig(**{**TINY, "num_hidden_layers": 0}), "no layers")]
     for config, word in refused:
