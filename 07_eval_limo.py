@@ -20,7 +20,6 @@ What to notice: the intervals. With a handful of problems they are wide. Left ou
 (appendix/tasks.py), intervals and pictures (appendix/curves.py), LiveCodeBench, which runs code.
 Run it: python 07_eval_limo.py         (a minute: two methods, three problems; --help has the rest)
 """
-import glob
 import hashlib
 import os
 import re
@@ -36,6 +35,7 @@ from rich.progress import Progress
 
 from appendix import command, curves, journal, models, protocol, screen, tasks
 from appendix.command import option
+from appendix.results import NOTHING, ROW, files_of, key_of, one_each, read
 
 generate = import_module("06_generate")
 Hogwild = generate.Hogwild
@@ -174,11 +174,11 @@ def skeleton(start, problem, at_once):
     yield outline
     plan = "1. " + written(outline)[0].strip()
     points = (re.findall(r"^\s*\d+[.)]\s*(\S.*)$", plan, re.MULTILINE) or [plan])[:10]
-    points = [f"{k}. {point}" for k, point in enumerate(points, 1)]
-    asked = [POINT.format(problem=problem, outline=plan, number=k + 1) for k in range(len(points))]
-    threads = start(Threads, list(zip(asked, points)), at_once)
+    threads = start(Threads, [(POINT.format(problem=problem, outline=plan, number=k), f"{k}. {point}")
+                              for k, point in enumerate(points, 1)], at_once)
     yield threads
-    read = "".join(f"{point} {text.strip()}\n\n" for point, text in zip(points, written(threads)))
+    texts = zip(threads.prompts, written(threads))
+    read = "".join(f"{begun} {text.strip()}\n\n" for (_, begun), text in texts)
     yield start(Stage, [(protocol.SOLO.replace("{problem}", problem), read)])
 
 
@@ -209,7 +209,6 @@ def runs_of(spec, model, tokenizer, problem, settings, forward=None):
     those of `settings` (chapter 6) that are its own."""
     _, kind, differs, workers = method(spec)
     settings = replace(settings, workers=protocol.NAMES[:workers or 1], **differs)
-    forward = forward or generate.best_forward(model.device)
 
     def start(kind, prompts, at_once=None, **others):
         some = replace(settings, workers=protocol.NAMES[:len(prompts)], **others)
@@ -220,17 +219,6 @@ def runs_of(spec, model, tokenizer, problem, settings, forward=None):
 
 
 # ------------------------------------------------------------------------------------------- statistics
-
-def key_of(row):
-    """What a row is the result of."""
-    return row["method"], row["problem"], row["seed"]
-
-
-def one_each(rows):
-    """Every result once; where a run failed and was tried again, the later one."""
-    faults_first = sorted(rows, key=lambda row: not row["error"])
-    return list({key_of(row): row for row in faults_first}.values())
-
 
 def summary(rows, budgets):
     """Per method, over the problems that all methods have done: what the report prints."""
@@ -268,38 +256,12 @@ def figures(rows, budgets):
 
 def report(header, rows, png=None):
     """Print the tables of an evaluation, and draw its curves."""
-    title = f"{header['model']} on {header['task']}" + f" from {header['data']}" * bool(header["data"])
-    curves.report(title, header["budgets"], summary(one_each(rows), header["budgets"]), png)
+    curves.report(header, summary(one_each(rows), header["budgets"]), png)
 
 
-# -------------------------------------------------------------------------------- files and processes
+# ------------------------------------------------------------------------------------------ processes
 
 SHARED = ["greedy", "check_every", "answer_tokens", "context"]  # chapter 6's settings, the same for all
-HEADER = {"model": str, "task": str, "data": (str, None), "budgets": [int]}
-ANSWER = {"answer": (str, None), "score": float, "understood": bool, "passes": int, "seconds": float}
-ROW = {"method": str, "problem": int, "seed": int, "error": (str, None), "answers": {str: ANSWER},
-       "ending": str, "text": [str]}
-NOTHING = {"answer": None, "score": 0, "understood": False, "passes": 0, "seconds": 0.0}
-
-
-def files_of(path):
-    """The files of an evaluation: the one of that name, and those of other processes beside it."""
-    return [path] * os.path.exists(path) + sorted(glob.glob(f"{glob.escape(path)}.rank*-of-*"))
-
-
-def read(files, header=None):
-    """(header, rows) of several files of one evaluation. Raises ValueError if they are not of one."""
-    rows = []
-    for path in files:
-        theirs, found, whole = journal.read(path, "evaluation", ROW)
-        if not whole:  # another process has only just made it
-            continue
-        header = header or theirs
-        if theirs != header or not journal.matches(theirs, HEADER) or any(
-                list(row["answers"]) != list(map(str, theirs["budgets"] or [0])) for row in found):
-            raise ValueError(f"{path!r} is damaged, or holds results of other settings than the others")
-        rows += found
-    return header, rows
 
 
 def run_missing(what, header, problems, wanted):
@@ -341,10 +303,9 @@ def run_all(todo, what, team, problems, results, bar):
     model, tokenizer = models.prepared(what, team)
     forward, faults = generate.best_forward(model.device, what.attention), 0
     for spec, number, seed in bar.track(todo):
-        last = [[row["answers"][str(what.budgets[-1])]["score"] for row in results.rows
-                 if row["method"] == name] or [0] for name in what.methods]
-        so_far = "".join(f"{name} {np.mean(some):.0%} · " for name, some in zip(what.methods, last))
-        bar.update(bar.task_ids[0], description=f"{so_far}now: {spec}, problem {number}")
+        mine = [row for row in one_each(results.rows) if row["method"] == spec]
+        so_far = f"{figures(mine, what.budgets)['accuracy'][-1]:.0%} right so far" if mine else "starts"
+        bar.update(bar.task_ids[0], description=f"{spec}: {so_far}")
         row = {"method": spec, "problem": number, "seed": seed, "error": None}
         try:
             question, answers = problems[number]["question"], problems[number]["answers"]
@@ -386,12 +347,9 @@ class Evaluation(models.Options):
         self.budgets = self.budgets or ([256, 512, 1024, 2048, 4096] if self.model else [32, 64])
         if sorted({0, *self.budgets})[1:] != self.budgets:
             raise ValueError(f"budgets have to be increasing numbers of passes, not {self.budgets}")
-        if len({*self.seeds}) < len(self.seeds):
-            raise ValueError(f"a seed is given twice: {self.seeds}")
-        if self.greedy and len(self.seeds) > 1:
-            raise ValueError("greedy runs do not depend on the seed: give one")
-        if self.png and not self.png.endswith(".png"):
-            raise ValueError(f"--png draws a PNG, so {self.png!r} has to end in .png")
+        if len({*self.seeds}) < len(self.seeds) or self.greedy and len(self.seeds) > 1:
+            raise ValueError("a seed is given twice, or greedy runs have several, and do not depend on "
+                             "them: give one")
         command.at_least(self, limit=1, answer_tokens=1)
         command.distinct(out=self.out, png=self.png, data=self.data)
 
@@ -406,6 +364,8 @@ def main(argv=None):
     what, = command.Parser(Evaluation, description=__doc__.split("\n")[0]).read(argv)
     if what.png:
         journal.own_picture(what.png, b"\x89PNG")
+        if not what.png.endswith(".png"):
+            raise ValueError(f"--png draws a PNG, so {what.png!r} has to end in .png")
     if what.report:
         files = [file for path in what.report for file in files_of(path) or [path]]
         header, rows = read(files)
