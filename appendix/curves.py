@@ -47,8 +47,10 @@ ended:
 """
 
 
-def report(title, budgets, table, png=None):
+def report(header, table, png=None):
     """Print tables of what chapter 7's `figures` says of each method, and draw the curves."""
+    title = plain(f"{header['model']} on {header['task']}, {header['data'] or 'its own data'}")
+    budgets = header["budgets"]
     base, count = table.get("baseline"), next(iter(table.values()))["count"]
     lines = [f"\n{title}, the {count} problems that all methods have done\n",
              "right after so many passes, with the 95 % interval of the share:",

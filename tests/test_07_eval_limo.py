@@ -244,11 +244,12 @@ def test_every_method_is_what_it_says(toy):
 
 def test_one_run_answers_at_every_budget(toy):
     """The answers at 5, 10 and 15 passes are those of runs that were asked only once."""
+    short = {"max_passes": 15, "answer_tokens": 6}
     for spec in ("hogwild:2", "self-consistency:2", "baseline", "skeleton"):
-        often = evaluation.evaluate(start(spec, toy, max_passes=15, seed=2), ["7"], [5, 10, 15])
+        often = evaluation.evaluate(start(spec, toy, seed=2, **short), ["7"], [5, 10, 15])
         assert [entry["passes"] for entry in often["answers"].values()] == [5, 10, 15]
         for budget in (5, 10, 15):
-            once = evaluation.evaluate(start(spec, toy, max_passes=15, seed=2), ["7"], [budget])
+            once = evaluation.evaluate(start(spec, toy, seed=2, **short), ["7"], [budget])
             assert once["answers"][str(budget)]["answer"] == often["answers"][str(budget)]["answer"]
         assert once["text"] == often["text"] and once["tokens"] == often["tokens"]
 
