@@ -1,10 +1,9 @@
 r"""Appendix: a finished collaboration in one forward pass: what each token saw, how to train on it.
 
 Live, a run takes a forward pass for each token of a worker. recording.py puts all passes into one row
-of tokens and two tables (chapter 3), and chapter 4's attention encodes that at once: the same logits,
-with gradients where wanted. A batch of runs is a longer row, with more rows of blocks. The tables take
-memory for tokens x rows. Scores would take tokens x tokens, so queries attend in pieces, and the scores
-of a piece are computed again when its gradient is due. Train in plain PyTorch:
+of tokens and two tables (chapter 3), and chapter 4's attention encodes that at once. A batch of runs is
+a longer row. The tables take memory for tokens x rows; scores would take tokens x tokens, so queries
+attend in pieces, and scores are computed again when their gradient is due. Train in plain PyTorch:
 
     ropes = query_rotation.attach(model)
     model.train().requires_grad_()
@@ -22,7 +21,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.text import Text
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -38,8 +36,7 @@ UNSEEN = -1  # in place of a distance
 def unfold(recorded):
     """Per row, distances [N, its length] from token to key as the token saw them, or UNSEEN.
 
-    So `>= 0` is the mask of appendix B (4D there: for a batch and for all heads), and the numbers are
-    its position differences. The dots of the combined layout stand here once for each of their rows.
+    So `>= 0` is the mask of appendix B, and the numbers are its position differences.
     """
     tables, parts = recorded.tables, []
     for offset, visible, length in zip(tables.offset, tables.visible, recorded.lengths):
@@ -60,7 +57,7 @@ def tokens_fed(sizes, opening):
 def rehearse(name, lengths, passes, opening=3, prompt=8):
     """A Recording of a run that no model has made, in the layout of that name.
 
-    lengths: per worker, the tokens of its steps, over and over, `opening` (fed at once) included.
+    lengths: per worker, the tokens of its steps, over and over; the first `opening` are fed at once.
     """
     layout, ledger = layouts.LAYOUTS[name], recording.Ledger(ropes=[])
     history = ledger.block(2**20)
@@ -82,22 +79,16 @@ def rehearse(name, lengths, passes, opening=3, prompt=8):
     return ledger.recording()
 
 
-SHADES = "█▓▒░"  # 0-7, 8-15, 16-23, and more tokens away
-COLOURS = {"p": "white", "|": "yellow", "A": "cyan", "B": "magenta"}
+SHADES = "█▓▒░·"  # 0-7, 8-15, 16-23, more tokens away; the last for UNSEEN
 
 
 def draw(console, recorded, names):
-    """A line per token, in the order in which they were fed; a column per key. `names`: of the rows."""
-    title = " ".join(name[:length].ljust(length) for name, length in zip(names, recorded.lengths))
-    console.print(f"{'':10}{title}", style="bold")
+    """A line per token, in the order in which they were fed; a column per key. names: of the rows."""
+    title = [name[:length].ljust(length) for name, length in zip(names, recorded.lengths)]
+    console.print(" " * 9, *title)
     for own, *line in zip(recorded.own.tolist(), *unfold(recorded)):
-        text = Text(f"{names[own]:9}")
-        for name, distances in zip(names, line):
-            text.append(" ")
-            for away in distances.tolist():
-                shade = SHADES[min(away // 8, 3)], COLOURS[name[0]]
-                text.append(*("·", "dim") if away == UNSEEN else shade)
-        console.print(text)
+        cells = ("".join(SHADES[min(away // 8, 3)] for away in distances.tolist()) for distances in line)
+        console.print(f"{names[own]:9}", *cells)
 
 
 def encode_real_model(console):
@@ -105,9 +96,8 @@ def encode_real_model(console):
     model, tokenizer = models.load()
     settings = generate.Settings(max_passes=80, seed=1, check_every=64,
                                  prompt="{names} add up, step by step.\n\n{problem}")
-    start = partial(generate.Hogwild, model, tokenizer, generate.PROBLEM, settings)
-    run, live = start(), []  # live: per pass [workers, vocabulary]
-    forward = run.forward
+    run = generate.Hogwild(model, tokenizer, generate.PROBLEM, settings)
+    live, forward = [], run.forward  # live: per pass [workers, vocabulary]
     run.forward = lambda *arguments: live.append(forward(*arguments)) or live[-1]
     while run.ending is None:
         run.advance()
@@ -118,7 +108,6 @@ def encode_real_model(console):
     console.print(f"{models.BUNDLED}, {len(recorded.ids)} tokens: one pass against {len(live)} passes\n"
                   f"  largest difference of a logit {error:.0e} (they reach {again.abs().max():.0f})")
     assert error < 1e-3 and any(record["closed"] for record in run.passes)
-    assert recording.restored(start(), run.passes).answer() == run.answer()
     return error
 
 
@@ -137,9 +126,8 @@ def saved_bytes(function):
 
 def measure_memory(console):
     """What is kept for the gradient, as runs grow."""
-    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                         num_attention_heads=4)
-    model, kept = AutoModelForCausalLM.from_config(config), []
+    model, kept = AutoModelForCausalLM.from_config(LlamaConfig(
+        64, 64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)), []
     loss = partial(recording.loss, model, query_rotation.attach(model))
     console.print("\nkept for the gradient, MiB, 2 workers:\n  tokens  frugal  with the scores")
     for passes in (250, 500, 1000):
@@ -154,23 +142,20 @@ def main():
     """Show the tables, check them on the real model, measure the memory."""
     console = Console(highlight=False, soft_wrap=True)
     torch.set_num_threads(1)
-    console.print("What each token saw, and how far away. Combined layout, steps of 6 to 10 tokens.\n"
-                  "█ 0-7 tokens away, ▓ 8-15, ▒ 16-23, ░ further, · not visible.\n")
+    console.print("What each token saw (combined): █ 0-7 tokens away, ▓ 8-15, ▒ 16-23, ░ further.\n")
     names = ["prompt", "| others", "| <...>", "| own", "Alice 1", "Bob 1", "Alice 2", "Bob 2"]
     draw(console, rehearse("combined", [[7, 9], [10, 6]], 11), names)
-    console.print("""\
--> A step opens with three tokens at once, and the other worker sees them in the same pass.
--> While Alice writes her first step, Bob sees it near by, in progress. Then it moves to the history:
-   from one line of Bob 1 to the next it is further away. Its keys are the same ones.\n""")
+    console.print("-> While Alice writes her first step, Bob sees it near by. Then it moves to the\n"
+                  "   history: from one line of Bob 1 to the next it is further away.\n")
     error = encode_real_model(console)
     measure_memory(console)
-    console.print(f"[OK] one pass gives the logits of many (to {error:.0e}); restored runs answer alike")
+    console.print(f"[OK] one pass gives the logits of many (to {error:.0e})")
 
 
 # Exercises
 # 1. Let the Ledger keep one part per block, so that the history is one row. Which tokens go wrong?
 # 2. Train SmolLM2 on a run that you like (learning rate 1e-5, ten steps). How does the next one begin?
-# 3. frugal_attention computes pieces twice. What would it take to keep the sums of the softmax instead?
+# 3. frugal_attention computes pieces twice. What would keeping the sums of the softmax take instead?
 
 if __name__ == "__main__":
     sys.exit(command.one_sentence(main))
