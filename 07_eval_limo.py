@@ -20,14 +20,12 @@ What to notice: the intervals. With a handful of problems they are wide. Left ou
 (appendix/tasks.py), intervals and pictures (appendix/curves.py), LiveCodeBench, which runs code.
 Run it: python 07_eval_limo.py         (a minute: two methods, three problems; --help has the rest)
 """
-import hashlib
 import os
 import re
 import sys
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -379,11 +377,8 @@ def main(argv=None):
     what.answer_tokens = what.answer_tokens or tasks.TASKS[what.task].answer_tokens
     header = {name: getattr(what, name) for name in ["dtype", "task", "data", "budgets", *SHARED]}
     header["model"] = what.model or models.BUNDLED
-    if what.data:
-        content = hashlib.sha256(Path(what.data).read_bytes()).hexdigest()[:12]
-        header["data"] = f"{Path(what.data).name} ({content})"
-    for seed in what.seeds:
-        what.settings(seed)  # says what is wrong with it
+    header["data"] = what.data and tasks.label(what.data)
+    list(map(what.settings, what.seeds))  # says what is wrong with one of them
     wanted = [(spec, number, seed) for number in range(len(problems)) for seed in what.seeds
               for spec in what.methods]
     rows = run_missing(what, header, problems, wanted)

@@ -3,10 +3,12 @@ r"""Appendix: the problems of chapter 7, and when an answer is right.
 The problems stand here, come from the Hugging Face hub, or from a JSONL file with the fields question
 and answer. Answers are compared as mathematics by math-verify, not as text.
 """
+import hashlib
 import json
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from appendix.command import first_line, read_text
 
@@ -106,6 +108,11 @@ def from_file(path):
             raise ValueError(f"{where} asks the same as line {seen[question][0]}: remove one of them")
         seen[question] = number, answer
     return [(question, answer) for question, (_, answer) in seen.items()]
+
+
+def label(path):
+    """A file's name, and a few characters that tell its content from others'."""
+    return f"{Path(path).name} ({hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]})"
 
 
 def from_hub(task):

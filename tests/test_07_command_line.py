@@ -359,3 +359,9 @@ def test_processes_share_the_problems_or_the_model(smollm, tmp_path):
     texts = [{evaluation.key_of(row): (row["text"], row["answers"]) for row in rows[count]}
              for count in (1, 2, 3)]
     assert len(texts[0]) == 4 and texts[0] == texts[1] == texts[2]
+
+
+def test_nothing_is_asked_of_no_early_stop(calm):
+    """On the command line, too: what was not written in time is no answer; the baseline has one."""
+    given = {row["method"]: [entry["answer"] for entry in row["answers"].values()] for row in lines_of(calm)}
+    assert given["no-early-stop"] == [None, None] and all(isinstance(one, str) for one in given["baseline"])
