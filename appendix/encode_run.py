@@ -127,7 +127,7 @@ def saved_bytes(function):
 def measure_memory(console):
     """What is kept for the gradient, as runs grow."""
     model, kept = AutoModelForCausalLM.from_config(LlamaConfig(
-        64, 64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)), []
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)), []
     loss = partial(recording.loss, model, query_rotation.attach(model))
     console.print("\nkept for the gradient, MiB, 2 workers:\n  tokens  frugal  with the scores")
     for passes in (250, 500, 1000):
