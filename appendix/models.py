@@ -443,11 +443,11 @@ class Sampler:
         """A token id per row of logits [rows, vocabulary].
 
         Args:
-            draws: per row a random number from 0 to 1; seen: per row the ids in view, in lists.
+            draws: per row a random number from 0 to 1; seen: a function from a row to the ids in view.
         """
         logits = logits.float().clone()
         for row in range(len(logits)) if self.processors else ():
-            ids = torch.tensor([sum(seen[row], [])], device=logits.device)  # [1, view]
+            ids = torch.tensor([seen(row)], device=logits.device)  # [1, view]
             logits[row] = self.processors(ids, logits[row][None])[0]
         logits[:, self.forbidden] = float("-inf")
         if self.warpers is None:
