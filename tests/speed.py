@@ -9,8 +9,9 @@ r"""What it costs: the paper's Tables 1 and 2, for any model on any device, and 
 
 All is measured in one run, medians after a warm-up, the contestants taking turns: on a shared machine,
 only ratios mean anything. The *share* compares the bytes that have to be read (weights; each key and
-value once) over the time with the speed of a plain copy. On a CPU one thread is used. On a GPU the calls
-of table 2 are graphs, and go round copies of the data, so that no cache keeps any from a call before.
+value once) over the time with the speed of a plain copy. On a CPU one thread is used, and its own time
+counts. On a GPU the calls of table 2 are graphs, and go round copies of the data, so that no cache keeps
+any from a call before.
 
     python tests/speed.py 1 --model Qwen/Qwen3-8B --device cuda (without arguments: everything, anywhere)
     python tests/speed.py 1 2 --shape qwq-32b --json h200.json  (random weights of that shape)
@@ -29,7 +30,7 @@ from importlib import import_module
 from itertools import product
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Literal
 
 import numpy as np
@@ -50,6 +51,7 @@ layouts = import_module("03_layouts")
 query_rotation = import_module("04_query_rotation")
 generate = import_module("06_generate")
 
+clock = perf_counter if torch.cuda.is_available() else thread_time  # on a CPU, not while others have it
 SEPARATOR, OWN = 6, [20, 50, 80]  # tokens of a separator, and of the workers' unfinished steps, in turn
 SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim"]
@@ -94,9 +96,9 @@ def take_turns(steps, repeats):
     """Median seconds of each step, run in turns. A step leaves nothing under way on a GPU."""
     times = []
     for step in [*steps] * (repeats + 3):
-        times.append(-perf_counter())
+        times.append(-clock())
         step()
-        times[-1] += perf_counter()
+        times[-1] += clock()
     return [median(times[i::len(steps)][3:]) for i in range(len(steps))]
 
 
@@ -336,8 +338,8 @@ def details(rows):
                            generate.Settings(workers=generate.NAMES[:4], prompt="{problem}"))
     start = {"opening": {w.name: w.text for w in run.workers}, "moves": True, "context": run.context}
     inside = []  # seconds in the model
-    model.register_forward_pre_hook(lambda *_: inside.append(-perf_counter()))
-    model.register_forward_hook(lambda *_: inside.append(inside.pop() + perf_counter()))
+    model.register_forward_pre_hook(lambda *_: inside.append(-clock()))
+    model.register_forward_hook(lambda *_: inside.append(inside.pop() + clock()))
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=40)
     with screen.Screen(run.problem, start, True, terminal) as display:
         whole, = take_turns([lambda: display.show(run.advance())], 40)
