@@ -1,8 +1,9 @@
 """The oracle: the obvious engine. It shares no code with the chapters.
 
-Every worker is a row of a batch. At each layer, each worker's view is put together anew: the blocks' keys are turned to
-their absolute places in that view, concatenated, and padded to the longest view. The *stock* attention of transformers
-runs on that, with a 4D mask. (Workers see each other's tokens of the very same pass, so they cannot run one by one.)
+Every worker is a row of a batch. At each layer, each worker's view is put together anew: the blocks' keys are
+rotated to their absolute places in that view, concatenated, and padded to the longest view. The *stock*
+attention of transformers runs on that, with a 4D mask. (Workers see each other's tokens of the very same pass,
+so they cannot run one by one.)
 This is also how the engines that one finds in the wild work, so it doubles as the baseline for speed.
 """
 import torch
@@ -28,7 +29,8 @@ class NaiveCache(Cache):
         self.writers, self.positions = [], []
 
     def begin(self, writers):
-        """Announce a pass: `writers` are pairs (order of blocks, own block last; number of new tokens)."""
+        """Announce a pass: `writers` are pairs (order of blocks, own block last; number of new
+        tokens)."""
         for order, count in writers:
             self.length[order[-1]] += count
         self.writers = writers
@@ -75,7 +77,8 @@ class NaiveCache(Cache):
 
 @torch.no_grad()
 def naive_pass(model, cache, writers):
-    """One pass of the obvious engine. `writers`: pairs (order of blocks, token ids). Logits of each row's last token."""
+    """One pass of the obvious engine. `writers`: pairs (order of blocks, token ids). Logits of each
+    row's last token."""
     cache.begin([(order, len(ids)) for order, ids in writers])
     width = max(len(ids) for _, ids in writers)
     longest = max(int(p[-1]) for p in cache.positions) + 1
@@ -84,15 +87,18 @@ def naive_pass(model, cache, writers):
     for row, (_, tokens) in enumerate(writers):
         ids[row, :len(tokens)] = torch.tensor(tokens)
         positions[row, :len(tokens)] = cache.positions[row]
-    mask = torch.arange(longest) > positions[:, None, :, None]  # [rows, 1, new, longest]: in a view, the past is seen
+    # [rows, 1, new, longest]: in a view, the past is seen
+    mask = torch.arange(longest) > positions[:, None, :, None]
     mask = torch.zeros(mask.shape).masked_fill(mask, float("-inf")).to(model.dtype)
-    hidden = model.model(ids, position_ids=positions, past_key_values=cache, attention_mask=mask).last_hidden_state
+    hidden = model.model(ids, position_ids=positions, past_key_values=cache,
+                         attention_mask=mask).last_hidden_state
     last = torch.tensor([len(tokens) - 1 for _, tokens in writers])
     return model.lm_head(hidden[torch.arange(len(writers)), last])
 
 
 def orders(layout, workers):
-    """Order of blocks per worker, spelled out. Blocks: 0 history, 1 ... W workers, then (others), (own), <...>."""
+    """Order of blocks per worker, spelled out. Blocks: 0 history, 1 ... W workers, then (others),
+    (own), <...>."""
     others, own, dots = workers + 1, workers + 2, workers + 3
     result = []
     for me in range(1, workers + 1):

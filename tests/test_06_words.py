@@ -1,7 +1,8 @@
-"""Chapter 6's words: what every worker sees, character by character, against the protocol stated again on strings.
+"""Chapter 6's words: what every worker sees, character by character, against the protocol stated
+again on strings.
 
-The oracle takes nothing from the chapter and nothing from a run's own records: it spells headings, headers, checks
-and finisher as the paper has them, and what is compared is what was fed and what the views consist of.
+The oracle takes nothing from the chapter and nothing from a run's own records: it spells headings, headers,
+checks and finisher as the paper has them, and what is compared is what was fed and what the views consist of.
 """
 import random
 import re
@@ -20,16 +21,19 @@ generate = import_module("06_generate")
 shared_cache = import_module("02_shared_cache")
 NAMES = ["Alice", "Bob", "Carol"]
 TEMPLATE = "{names} work on this; the answer goes into \\boxed{answer}.\n\n{problem}"
-CHAT = ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-        "<|im_start|>user\n%s work on this; the answer goes into \\boxed{answer}.\n\nWhat is 3 + 4?<|im_end|>\n"
+CHAT = ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+        "Face<|im_end|>\n<|im_start|>user\n%s work on this; the answer goes into \\boxed{answer}.\n\n"
+        "What is 3 + 4?<|im_end|>\n"
         "<|im_start|>assistant\n")
 LISTED = {1: "Alice", 2: "Alice and Bob", 3: "Alice, Bob and Carol"}
-PHRASES = ["It is 5.\n\n", "x = 1\n", "```", "So \\boxed{8}", " Wait, no: \\boxed{7}.\n\n", "A note:\n\n", "Yes!)\n\n",
+PHRASES = ["It is 5.\n\n", "x = 1\n", "```", "So \\boxed{8}", " Wait, no: \\boxed{7}.\n\n",
+           "A note:\n\n", "Yes!)\n\n",
            "**Really?**\n \n", "I say \\boxed{answer}.\n\n", " and so on", ".", "\n\n", "5\n\n"]
 
 
 class Paper(shared_cache.SharedCache):
-    """A cache without numbers: it remembers which token stands in which slot, and what each pass could see."""
+    """A cache without numbers: it remembers which token stands in which slot, and what each pass could
+    see."""
 
     def __init__(self):
         super().__init__(ropes=[])
@@ -50,14 +54,16 @@ class Paper(shared_cache.SharedCache):
 
     def text(self, view):
         """What stands in the blocks of a view."""
-        return tokenizer().decode([self.at[block.start + j] for block in view for j in range(block.length)])
+        return tokenizer().decode([self.at[block.start + j] for block in view
+                                   for j in range(block.length)])
 
 
 def start(**options):
     """(run, its Paper)"""
     paper = Paper()
     given_ = {"prompt": TEMPLATE, "check_every": 0, "workers": NAMES[:2]} | options
-    run = generate.Hogwild(random_model("llama"), tokenizer(), "What is 3 + 4?", generate.Settings(**given_),
+    run = generate.Hogwild(random_model("llama"), tokenizer(), "What is 3 + 4?",
+                           generate.Settings(**given_),
                            paper.forward, paper)
     return run, paper
 
@@ -116,7 +122,8 @@ class Restated:
             for n in range(before // self.every, self.written // self.every):
                 self.due.append(random.Random(f"{self.seed} check {n}").choice(self.names))
         for name in self.names:
-            line_end = self.own[name].rstrip(" \t").endswith("\n") and self.own[name].count("```") % 2 == 0
+            own = self.own[name]
+            line_end = own.rstrip(" \t").endswith("\n") and own.count("```") % 2 == 0
             long = self.moves and self.count[name] + 1 >= self.max_step and line_end
             if is_over(self.own[name]) or long:
                 self.answer = self.answer or box(self.own[name])
@@ -139,19 +146,23 @@ class Restated:
 
 
 @settings(deadline=None, max_examples=120)
-@given(st.sampled_from(["combined", "combined", "contiguous", "interleaved", "independent"]), st.integers(1, 3),
-       st.sampled_from([0, 1, 7, 20]), st.integers(0, 99), st.sampled_from([16, 24, 512]), st.integers(1, 40),
+@given(st.sampled_from(["combined", "combined", "contiguous", "interleaved", "independent"]),
+       st.integers(1, 3),
+       st.sampled_from([0, 1, 7, 20]), st.integers(0, 99), st.sampled_from([16, 24, 512]),
+       st.integers(1, 40),
        st.lists(st.lists(st.sampled_from(PHRASES), min_size=3, max_size=12), min_size=3, max_size=3))
 def test_everybody_sees_what_the_protocol_says(layout, workers, every, seed, max_step, budget, phrases):
     """Random texts in all layouts: views, steps, numbers, checks, budget and answers, in every pass."""
-    run, paper = start(layout=layout, workers=NAMES[:workers], check_every=every, seed=seed, max_step=max_step,
+    run, paper = start(layout=layout, workers=NAMES[:workers], check_every=every, seed=seed,
+                       max_step=max_step,
                        max_passes=budget)
     restated = Restated(layout, workers, every, seed, max_step)
     streams = {name: [i for _ in range(9) for phrase in phrases[n]
                       for i in tokenizer()(phrase, add_special_tokens=False).input_ids]
                for n, name in enumerate(NAMES[:workers])}
     assert run.prompt == restated.history and paper.text([run.history]) == (
-        restated.history[:-1] if layout == "independent" else restated.history)  # its last token opens the blocks
+        # its last token opens the blocks
+        restated.history[:-1] if layout == "independent" else restated.history)
     if layout == "independent":
         restated.pending, restated.history = dict.fromkeys(restated.names, "\n"), restated.history[:-1]
     for now in range(budget):
@@ -178,7 +189,8 @@ def write(run, **texts):
 
 
 def test_two_views_spelled_out():
-    """Alice has finished two steps, Bob one; a check has fallen to Alice. (This model's blank line is two tokens:
+    """Alice has finished two steps, Bob one; a check has fallen to Alice. (This model's blank line
+    is two tokens:
     one ends a step, the other opens the next, and is made a blank line again.)"""
     run, paper = start(check_every=8, seed=1)
     write(run, Alice="I add.\n\nIt is 7.\n\nOr", Bob="Then I check that.\n\n3 + 4")
@@ -237,14 +249,16 @@ def test_a_box_counts_when_its_worker_has_ended():
 
 
 def test_a_long_step_ends_at_a_line_end_outside_of_code():
-    """In the middle only when its room is used up; nothing is dropped, and the header opens a paragraph."""
+    """In the middle only when its room is used up; nothing is dropped, and the header opens a
+    paragraph."""
     run, paper = start(workers=["Alice"], max_step=20, max_passes=400)
     write(run, Alice="```\n" + "x = x + 1\n" * 4 + "```\nprint\n and so on")
     closed, = [closed for record in run.passes for closed in record["closed"]]
     assert closed["text"].endswith("```") and closed["opened"] == "\n\n**Alice [2]:** "
     write(run, Alice=" so" * 150)
     closed = [closed for record in run.passes for closed in record["closed"]]
-    assert len(closed) > 2 and closed[2]["text"].endswith(" so") and closed[2]["opened"] == " so\n\n**Alice [4]:** "
+    assert len(closed) > 2 and closed[2]["text"].endswith(" so")
+    assert closed[2]["opened"] == " so\n\n**Alice [4]:** "
     assert paper.text([run.history]) == run.prompt + "".join(step["text"] for step in closed)
     run, paper = start(workers=["Alice"], max_step=20)
     write(run, Alice="```\nx = 1\n" + "x" * 20 + "y = 2.\n\n" * 3 + "```")
@@ -256,12 +270,14 @@ def test_two_checks_for_one_worker_are_two():
     run, _ = start(workers=["Alice"], check_every=4)
     write(run, Alice="One two three four five six.\n\nSo.\n\nSo.\n\n")
     opened = [closed["opened"] for record in run.passes for closed in record["closed"]]
-    assert [text.count("Quick check: am I doing redundant work? (yes/no): ") for text in opened] == [1, 1, 1]
+    assert [text.count("Quick check: am I doing redundant work? (yes/no): ")
+            for text in opened] == [1, 1, 1]
     assert run.workers[0].checks_due == len(run.passes) // 4 - 3
 
 
 def test_somebody_from_outside():
-    """What is said stands in the history in the next pass, for all; who comes writes, who goes leaves a last step."""
+    """What is said stands in the history in the next pass, for all; who comes writes, who goes leaves
+    a last step."""
     run, paper = start()
     write(run, Alice="I add", Bob="And I")
     guests.say(run, "Teacher", "Mind the units.")
@@ -271,12 +287,14 @@ def test_somebody_from_outside():
     past = "### Past steps\n\n**Teacher:** Mind the units.\n\n### Work in progress (others)"
     assert alice.endswith(past + "\n\n**Bob [1]:** And I <...>\n\n**Carol [1]:**  <...>"
                           "\n\n### Work in progress (own)\n\n**Alice [1]:** I add")
-    assert carol.endswith("\n\n### Work in progress (own)\n\n**Carol [1]:** ") and bob.count("<...>") == 2
+    assert carol.endswith("\n\n### Work in progress (own)\n\n**Carol [1]:** ")
+    assert bob.count("<...>") == 2
     guests.dismiss(run, "Alice")
     run.advance([50, 50])
     assert "Mind the units.\n\n**Alice [1]:** I add\n\n### Work" in paper.views[-1][0]
     assert [len(record["sampled"]) for record in run.passes[-2:]] == [3, 2]
-    for wrong, word in ((lambda: guests.add(run, "Bob"), "two workers"), (lambda: guests.dismiss(run, "Zed"), "cannot"),
+    for wrong, word in ((lambda: guests.add(run, "Bob"), "two workers"),
+                        (lambda: guests.dismiss(run, "Zed"), "cannot"),
                         (lambda: guests.say(run, "Bob", "x"), "two workers"),
                         (lambda: guests.say(run, "Eve", "x " * 99999), "does not fit")):
         with pytest.raises(ValueError, match=word):
@@ -290,19 +308,25 @@ def test_the_budget_asks_in_the_papers_words():
     run.answer()
     asked = paper.views[-3][-1]
     assert asked.endswith(
-        "\n\n### Work in progress (own)\n\n**Bob [1]:** And I\n\nWait, given the limited time, I have to give an "
-        "answer right now. Considering all my previous attempts, I have to conclude that the final answer is \\boxed{")
+        "\n\n### Work in progress (own)\n\n**Bob [1]:** And I\n\nWait, given the limited time, I have to "
+        "give an answer right now. Considering all my previous attempts, I have to conclude that the final "
+        "answer is \\boxed{")
     said = tokenizer().decode([50])
     assert [view[-1] for view in paper.views[-2:]] == [asked + said, asked + said + said]
-    assert paper.text([run.workers[1].block]) == "\n\n**Bob [1]:** And"  # cut back; ` I` has not been fed
+    # cut back; ` I` has not been fed
+    assert paper.text([run.workers[1].block]) == "\n\n**Bob [1]:** And"
 
 
 RULES = [  # appendix C: what a prompt has to say, by words that it cannot say it without
-    "one of 2 assistants", "Alice and Bob", "at the same\ntime", "share a memory", "word by word", "**Name [step]:**",
-    "### Past steps", "finished steps of all of you", "### Work in progress (others)", "unfinished steps of the others",
-    "<...>", "### Work in progress (own)", "your own unfinished step", "not finished\n  yet", "Share the work",
+    "one of 2 assistants", "Alice and Bob", "at the same\ntime", "share a memory", "word by word",
+         "**Name [step]:**",
+    "### Past steps", "finished steps of all of you", "### Work in progress (others)",
+         "unfinished steps of the others",
+    "<...>", "### Work in progress (own)", "your own unfinished step", "not finished\n  yet",
+         "Share the work",
     "Say who does what", "unfinished thoughts included", "Never do work twice", "stop,\n  say so",
-    "Wait, Alice is already on this", "blank line", "\\boxed{}", "without doing any of the work twice", "What is 3 + 4?"]
+    "Wait, Alice is already on this", "blank line", "\\boxed{}", "without doing any of the work twice",
+         "What is 3 + 4?"]
 
 
 def test_the_prompt_says_all_rules():
@@ -312,25 +336,30 @@ def test_the_prompt_says_all_rules():
     assert [rule for rule in RULES if " ".join(rule.split()) not in words] == []
     assert run.prompt.endswith("<|im_start|>assistant\n### Past steps")
     solo, _ = start(prompt=None, layout="independent")
-    assert solo.prompt.endswith("<|im_start|>user\nWhat is 3 + 4?\n\nReason step by step, and put your final answer "
+    assert solo.prompt.endswith("<|im_start|>user\nWhat is 3 + 4?\n\nReason step by step, and put your "
+                                "final answer "
                                 "within \\boxed{}.<|im_end|>\n<|im_start|>assistant\n")
-    for layout, words in (("interleaved", "appears there as a whole"), ("contiguous", "have written so far")):
+    for layout, words in (("interleaved", "appears there as a whole"),
+                          ("contiguous", "have written so far")):
         other, _ = start(prompt=None, layout=layout)
         assert words in other.prompt and "Work in progress" not in other.prompt
 
 
 def test_a_reasoning_model_starts_with_its_thoughts():
     """<think> is added where the model knows the token and its template does not add it."""
-    for vocabulary, ending, added in (({"<think>": 1}, "assistant\n", "<think>\n"), ({"<think>": 1}, "<think>\n", ""),
+    for vocabulary, ending, added in (({"<think>": 1}, "assistant\n", "<think>\n"),
+                                      ({"<think>": 1}, "<think>\n", ""),
                                       ({}, "assistant\n", "")):
         fake = SimpleNamespace(chat_template="x", get_vocab=lambda vocabulary=vocabulary: vocabulary,
-                               apply_chat_template=lambda messages, ending=ending, **_: messages[-1]["content"] + ending)
+                               apply_chat_template=lambda messages, ending=ending,
+                               **_: messages[-1]["content"] + ending)
         assert models.chat(fake, "", "Solve it.") == "Solve it." + ending + added
 
 
 def test_special_tokens_in_a_problem_are_text():
     """Nobody changes roles from inside a problem, or by what an outsider says."""
-    run = generate.Hogwild(random_model("llama"), tokenizer(), "Solve <|im_end|> it", generate.Settings(prompt=TEMPLATE),
+    run = generate.Hogwild(random_model("llama"), tokenizer(), "Solve <|im_end|> it",
+                           generate.Settings(prompt=TEMPLATE),
                            (paper := Paper()).forward, paper)
     special = tokenizer().convert_tokens_to_ids("<|im_end|>")
     assert run.ids[run.history].count(special) == 2  # the chat format's own

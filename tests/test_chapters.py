@@ -1,4 +1,5 @@
-"""Every chapter, and what of the appendix is read like one, runs directly, as a reader would run it; and the house is
+"""Every chapter, and what of the appendix is read like one, runs directly, as a reader would run
+it; and the house is
 as small as it says: tokens, lines, columns, and imports that run backwards only."""
 import ast
 import io
@@ -17,8 +18,10 @@ RUN = [*CHAPTERS, "appendix/encode_run.py", "appendix/learn_to_collaborate.py"]
 
 @pytest.mark.parametrize("chapter", RUN)
 def test_a_direct_run_ends_well(chapter, tmp_path):
-    """From another working directory, within two minutes, with [OK] at the end and nothing on standard error."""
-    run = subprocess.run([sys.executable, str(ROOT / chapter)], cwd=tmp_path, capture_output=True, text=True,
+    """From another working directory, within two minutes, with [OK] at the end and nothing on standard
+    error."""
+    run = subprocess.run([sys.executable, str(ROOT / chapter)], cwd=tmp_path, capture_output=True,
+                         text=True,
                          timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     assert "[OK]" in run.stdout and not run.stderr.strip(), run.stderr
@@ -28,19 +31,24 @@ def tokens(path):
     """Python tokens of a file, without comments, docstrings, newlines and indents."""
     source = (ROOT / path).read_text()
     parts = (ast.Module, ast.FunctionDef, ast.ClassDef)
-    first = [node.body[0] for node in ast.walk(ast.parse(source)) if isinstance(node, parts) and node.body]
-    docstrings = {one.lineno for one in first if isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant)}
+    first = [node.body[0] for node in ast.walk(ast.parse(source)) if isinstance(node, parts)
+             and node.body]
+    docstrings = {one.lineno for one in first if isinstance(one, ast.Expr)
+                  and isinstance(one.value, ast.Constant)}
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
                tokenize.ENDMARKER, tokenize.ENCODING}
-    return sum(token.type not in skipped and not (token.type == tokenize.STRING and token.start[0] in docstrings)
+    return sum(token.type not in skipped and not (token.type == tokenize.STRING
+                                                  and token.start[0] in docstrings)
                for token in tokenize.generate_tokens(io.StringIO(source).readline))
 
 
 def test_the_house_is_small():
-    """Chapters: 17,500 tokens together; the appendix: 12,000; no file over 450 lines, no line over 105 columns."""
+    """Chapters: 17,500 tokens together; the appendix: 12,000; no file over 450 lines, no line over 105
+    columns."""
     assert 10_000 < sum(map(tokens, CHAPTERS)) <= 17_500
     assert sum(map(tokens, APPENDIX)) <= 12_000
-    for path in [*CHAPTERS, *APPENDIX, *(f"tests/{path.name}" for path in (ROOT / "tests").glob("*.py"))]:
+    for path in [*CHAPTERS, *APPENDIX, *(f"tests/{path.name}"
+                                         for path in (ROOT / "tests").glob("*.py"))]:
         lines = (ROOT / path).read_text().splitlines()
         assert len(lines) <= 450 and max(map(len, lines)) <= 105, path
 
@@ -49,7 +57,8 @@ def imported(path):
     """What of this project a file imports, anywhere in it."""
     source = (ROOT / path).read_text()
     chapters = re.findall(r'import_module\("(0\d_\w+)"\)', source)
-    leaves = re.findall(r'import_module\("appendix\.(\w+)"\)|^from appendix\.(\w+) import', source, re.MULTILINE)
+    leaves = re.findall(r'import_module\("appendix\.(\w+)"\)|^from appendix\.(\w+) import', source,
+                        re.MULTILINE)
     for names in re.findall(r"^from appendix import ([\w, ]+)", source, re.MULTILINE):
         leaves += [(name.strip(), "") for name in names.split(",")]
     return {f"{name}.py" for name in chapters} | {f"appendix/{a or b}.py" for a, b in leaves}
@@ -58,7 +67,8 @@ def imported(path):
 def test_imports_run_backwards():
     """A chapter imports earlier chapters only, also by way of the appendix, and there are no circles."""
     reached = {path: imported(path) for path in [*CHAPTERS, *APPENDIX]}
-    assert "02_shared_cache.py" in reached["03_layouts.py"] and "appendix/journal.py" in reached["06_generate.py"]
+    assert "02_shared_cache.py" in reached["03_layouts.py"]
+    assert "appendix/journal.py" in reached["06_generate.py"]
     for _ in reached:
         for path, others in reached.items():
             reached[path] = others.union(*(reached[other] for other in others))
