@@ -83,6 +83,8 @@ def test_a_sample_ends_with_its_own_answer(toy, monkeypatch):
         next(written) if w.name == "Alice" else 42 for w in run.next_writers()])
     while len(run.passes) < 20:
         run.advance()
+        # Not even while a box is there and its step is not over yet.
+        assert run.written_answer() is None
     first, second = run.workers
     assert first.finished and not second.finished and run.boxed is None and run.ending is None
     assert evaluation.written(run)[0].startswith("so \\boxed{7}.\n\n")
