@@ -1,10 +1,10 @@
 """The oracle: the obvious engine. It shares no code with the chapters.
 
-Every worker is a row of a batch. At each layer, each worker's view is put together anew: the blocks' keys are
-rotated to their absolute places in that view, concatenated, and padded to the longest view. The *stock*
-attention of transformers runs on that, with a 4D mask. (Workers see each other's tokens of the very same pass,
-so they cannot run one by one.)
-This is also how the engines that one finds in the wild work, so it doubles as the baseline for speed.
+Every worker is a row of a batch. At each layer, each worker's view is put together anew: the blocks'
+keys are rotated to their absolute places in that view, concatenated, and padded to the longest view.
+The *stock* attention of transformers runs on that, with a 4D mask. (Workers see each other's tokens of
+the very same pass, so they cannot run one by one.) This is also how the engines that one finds in the
+wild work, so it doubles as the baseline for speed.
 """
 import torch
 from transformers import Cache

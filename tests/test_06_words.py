@@ -1,8 +1,9 @@
 """Chapter 6's words: what every worker sees, character by character, against the protocol stated
 again on strings.
 
-The oracle takes nothing from the chapter and nothing from a run's own records: it spells headings, headers,
-checks and finisher as the paper has them, and what is compared is what was fed and what the views consist of.
+The oracle takes nothing from the chapter and nothing from a run's own records: it spells headings,
+headers, checks and finisher as the paper has them, and what is compared is what was fed and what the
+views consist of.
 """
 import random
 import re
@@ -308,9 +309,9 @@ def test_the_budget_asks_in_the_papers_words():
     run.answer()
     asked = paper.views[-3][-1]
     assert asked.endswith(
-        "\n\n### Work in progress (own)\n\n**Bob [1]:** And I\n\nWait, given the limited time, I have to "
-        "give an answer right now. Considering all my previous attempts, I have to conclude that the final "
-        "answer is \\boxed{")
+        "\n\n### Work in progress (own)\n\n**Bob [1]:** And I\n\nWait, given the limited time, I "
+        "have to give an answer right now. Considering all my previous attempts, I have to conclude that "
+        "the final answer is \\boxed{")
     said = tokenizer().decode([50])
     assert [view[-1] for view in paper.views[-2:]] == [asked + said, asked + said + said]
     # cut back; ` I` has not been fed
