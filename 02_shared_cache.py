@@ -10,10 +10,13 @@ to position j, wherever the block stands in anybody's view. So a block is writte
 and moving it is one shift (chapter 1).
 
     Block         a span of the memory: where it starts, how many slots it has, how many are in use
-    SharedCache   the memory of all layers: reserve, move, truncate; and what a Hugging Face model writes to
+    SharedCache   the memory of all layers: reserve, move, truncate; a Hugging Face model writes to it
 
 What to notice: bookkeeping is a handful of integers per block, the same for all layers. Nothing is ever
 encoded again. Left out: who sees which block (chapter 3), and the attention over them (chapter 4).
+
+Symbols, for QwQ-32B and four workers: S 8,400 slots of memory, Hk 8 key-value heads, D 128 size of keys,
+Dv 128 of values, N 4 new tokens in a pass.
 
 Run it: python 02_shared_cache.py    (on SmolLM2-135M-Instruct, from a 93 MB wheel on PyPI)
 """
@@ -21,7 +24,6 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from time import perf_counter
 
 import torch
 from transformers import Cache
@@ -33,7 +35,7 @@ rope = import_module("01_rope_shift")
 
 @dataclass(eq=False)  # compared and hashed by identity: two empty blocks are still two blocks
 class Block:
-    """A span of slots. Slot `start + j` holds the token with in-block index j, its key rotated to position j."""
+    """A span of slots. Slot `start + j` holds the token with in-block index j, its key rotated to j."""
 
     start: int  # first slot
     capacity: int  # number of slots that belong to the block
@@ -47,8 +49,9 @@ class BlockFull(ValueError):
 class SharedCache(Cache):
     """One copy of all keys and values, for any number of workers.
 
-    A block that would overflow refuses *before* anything is written, so no token is lost. Addresses stay
-    fixed (chapter 5 relies on that) unless a block is made after the first pass: then the memory grows.
+    No token is ever lost: a block that would overflow refuses *before* anything is written. Addresses
+    stay fixed (chapter 5 relies on that) unless a block is made after the first pass: the memory grows
+    then.
 
     Args:
         ropes: the Rope of every layer (chapter 1), as a list.
@@ -58,13 +61,13 @@ class SharedCache(Cache):
         super().__init__(layers=[])
         self.ropes = ropes
         self.blocks, self.slots = [], 0  # slots: S, of all blocks together
-        self.keys, self.values = {}, {}  # layer -> [Hk, S, D], made when the layer first writes
+        self.keys, self.values = {}, {}  # layer -> [Hk, S, D or Dv], made when the layer first writes
         self.new_slots = None  # [N] int64: where the tokens of the coming forward pass go
 
     # -- what the blocks can do ------------------------------------------------------------------------
 
     def block(self, capacity):
-        """Make an empty Block of `capacity` slots. On a CPU, slots that nobody has touched take no memory."""
+        """Make an empty Block. On a CPU, slots that nobody has written to take no memory."""
         block = Block(self.slots, capacity)
         self.blocks.append(block)
         self.slots += capacity
@@ -76,16 +79,17 @@ class SharedCache(Cache):
     def reserve(self, writers):
         """Give new tokens their slots: for each pair (block, count) the next `count` slots of the block.
 
-        To be called before a forward pass of N = sum of counts tokens, packed in the same order. Lengths
-        count the new tokens from now on; the pass fills the slots, each layer before its attention reads.
+        To be called before a forward pass over these N tokens, packed in the same order. Lengths count
+        them from now on; the pass fills their slots, at each layer before its attention reads.
         Raises:
             BlockFull: a block has too little room. No block has changed then.
         """
         for block, count in writers:
             self.check_room(block, count)
-        spans = [torch.arange(block.start + block.length, block.start + block.length + count)
-                 for block, count in writers]
+        spans = []
         for block, count in writers:
+            first = block.start + block.length
+            spans.append(torch.arange(first, first + count))
             block.length += count
         self.new_slots = torch.cat(spans)
 
@@ -112,12 +116,12 @@ class SharedCache(Cache):
     def truncate(self, block, length):
         """Forget all but the first `length` tokens of a block. (`truncate(block, 0)` clears it.)"""
         if not 0 <= length <= block.length:
-            raise ValueError(f"a block of {block.length} tokens cannot be cut to {length}")
+            raise ValueError(f"a block of {block.length} tokens cannot be truncated to {length}")
         block.length = length
 
     @contextmanager
     def rewound(self, only_on_error=False):
-        """What is written inside this context is forgotten at its end, or only if it ends in an error."""
+        """What is written in this context is forgotten at its end, or only if it ends in an error."""
         lengths, failed = {block: block.length for block in self.blocks}, True
         try:
             yield
@@ -136,7 +140,7 @@ class SharedCache(Cache):
     # -- what a Hugging Face model asks of its cache ---------------------------------------------------
 
     def write(self, layer, keys, values):
-        """Write one layer's new keys [Hk, N, D] and values [Hk, N, Dv] into the slots that were reserved."""
+        """Write one layer's new keys [Hk, N, D] and values [Hk, N, Dv] into the reserved slots."""
         if layer not in self.keys:
             for memory, new in ((self.keys, keys), (self.values, values)):
                 memory[layer] = new.new_empty(new.shape[0], self.slots, new.shape[2])
@@ -156,21 +160,21 @@ class SharedCache(Cache):
         return key_states, value_states
 
     def get_seq_length(self, layer_idx=0):
-        """0: the model need not know what is cached. Positions come with every pass, and masks are ours."""
+        """0: the model need not know what is cached. A pass brings its positions, and masks are ours."""
         return 0
 
     def get_mask_sizes(self, query_length, layer_idx=0):
-        """(length, offset) of the keys that a mask has to cover: the new ones, as `update` returns them."""
+        """(length, offset) of the keys that a mask has to cover: the new ones, as from `update`."""
         return query_length, 0
 
 
 # ------------------------------------------------------------------------------------- what one can see
 
 def encode(model, cache, block, ids, position=0):
-    """Run `ids` [N] through the model and append them to a block, their keys rotated as from `position` on.
+    """Run `ids` [N] through the model into a block, their keys rotated as from `position` on.
 
-    With its own attention the model sees only what `update` returns, these N tokens: each block is encoded
-    alone. What moves in this chapter is a text's place, not its context.
+    With its own attention the model sees only what `update` returns, these N tokens: each block is
+    encoded alone. What moves in this chapter is a text's place, not its context.
     """
     cache.reserve([(block, len(ids))])
     positions = torch.arange(position, position + len(ids))
@@ -186,46 +190,43 @@ def block_keys(cache, block):
 def main():
     """Move a real text, and compare its keys with those of the text encoded at the new place."""
     model, tokenizer = models.load()
-    text = "A cached key can be moved. Turn it by the angle of the distance, and it stands elsewhere. " * 3
+    text = "A cached key can be moved. Rotate it by the angle of the distance, and it is elsewhere. " * 3
     ids = tokenizer(text, return_tensors="pt").input_ids[0]  # [N]
     cache = SharedCache(rope.layer_ropes(model.config))
-    history, own, there = map(cache.block, (1024, 128, 128))
+    history, own, other = map(cache.block, (1024, 128, 128))
 
     encode(model, cache, history, torch.arange(1000, 1700))  # 700 tokens of something older
     encode(model, cache, own, ids)  # the new step, stored from position 0
-    start = perf_counter()
-    encode(model, cache, there, ids, position=700)  # the same text, encoded where it will move to
-    encoding = perf_counter() - start
-    print(f"history, own, there: {[b.length for b in cache.blocks]} tokens in "
+    # and, to compare, the same text as encoded where it will move to
+    _, encoding = rope.timed(encode, model, cache, other, ids, 700)
+    print(f"history, own, other: {[b.length for b in cache.blocks]} tokens in "
           f"{[b.capacity for b in cache.blocks]} slots")
-
-    start = perf_counter()
-    cache.move(own, history)
-    moving = perf_counter() - start
+    _, moving = rope.timed(cache.move, own, history)
     print(f"own has moved:       {[b.length for b in cache.blocks]}\n")
 
-    moved, encoded = block_keys(cache, history)[:, :, 700:], block_keys(cache, there)
+    # [layers, Hk, N, D] each
+    moved, encoded = block_keys(cache, history)[:, :, 700:], block_keys(cache, other)
     error = (moved - encoded).abs()
-    unmoved = (rope.shift(moved, -700, cache.ropes[0]) - encoded).abs()
-    print(f"moving {len(ids)} tokens took {1e3 * moving:.1f} ms, encoding them there {1e3 * encoding:.0f} ms")
-    print(f"keys moved against keys encoded there: largest difference {error.max():.1e}, mean {error.mean():.1e}")
-    print(f"  (had they not been rotated: {unmoved.max():.1f})\n")
+    unmoved = rope.largest(rope.shift(moved, -700, cache.ropes[0]) - encoded)
+    print(f"moving {len(ids)} tokens took {1e3 * moving:.1f} ms, encoding them there "
+          f"{1e3 * encoding:.0f} ms\nkeys moved against keys encoded there: largest difference "
+          f"{error.max():.1e}, mean {error.mean():.1e}\n  (had they not been rotated: {unmoved:.1f})\n")
 
     try:
-        cache.reserve([(own, 100), (there, 100)])
+        cache.reserve([(own, 100), (other, 100)])
     except BlockFull as refusal:
         print(f"a block that is full says so before anything is written: {refusal}")
     assert [block.length for block in cache.blocks] == [700 + len(ids), 0, len(ids)]
-    assert error.max() < 1e-3 * encoded.abs().max() < unmoved.max()
+    assert error.max() < 1e-3 * rope.largest(encoded) < unmoved
     print(f"[OK] {len(ids)} tokens x {len(cache.keys)} layers moved without the model; "
-          f"keys agree to {error.max():.0e}")
-    print("\nNext: chapter 3 says which worker sees which block, and where.")
+          f"keys agree to {error.max():.0e}\n\n"
+          "Next: chapter 3 says which worker sees which block, and where.")
 
 
 # Exercises
 # 1. Move the step a second time, to the end of another block. Is the error still that of one move?
-# 2. `move` costs the same whatever stands in the target. Measure it for histories of 100 and 100,000 tokens.
-# 3. Store the keys unrotated and rotate them when they are read. What does that cost per pass, and who pays?
+# 2. `move` costs the same whatever stands in the target. Measure it, for 100 and for 100,000 tokens.
+# 3. Store the keys unrotated and rotate them when they are read. What does a pass cost then?
 
 if __name__ == "__main__":
     sys.exit(command.one_sentence(main))

@@ -124,7 +124,7 @@ class Memory(RuleBasedStateMachine):
             self.cache.truncate(self.cache.blocks[b], length)
             del self.tokens[b][length:]
         else:
-            with pytest.raises(ValueError, match=f"of {now} tokens cannot be cut to {length}"):
+            with pytest.raises(ValueError, match=f"of {now} tokens cannot be truncated to {length}"):
                 self.cache.truncate(self.cache.blocks[b], length)
 
     @rule(data=st.data(), fails=st.booleans(), only_on_error=st.booleans(), makes=st.booleans())
