@@ -1,7 +1,7 @@
 r"""Appendix: the files of an evaluation (chapter 7).
 
-A row per run, also of one that failed. Of several processes each writes a file of its own, beside the first
-one's, and all of them are read.
+A row per run, also of one that failed. Of several processes each writes a file of its own, beside the
+first one's, and all of them are read.
 """
 import glob
 import os

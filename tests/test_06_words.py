@@ -310,8 +310,8 @@ def test_the_budget_asks_in_the_papers_words():
     asked = paper.views[-3][-1]
     assert asked.endswith(
         "\n\n### Work in progress (own)\n\n**Bob [1]:** And I\n\nWait, given the limited time, I "
-        "have to give an answer right now. Considering all my previous attempts, I have to conclude that "
-        "the final answer is \\boxed{")
+        "have to give an answer right now. Considering all my previous attempts, I have to conclude "
+        "that the final answer is \\boxed{")
     said = tokenizer().decode([50])
     assert [view[-1] for view in paper.views[-2:]] == [asked + said, asked + said + said]
     # cut back; ` I` has not been fed
