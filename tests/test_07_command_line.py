@@ -363,5 +363,7 @@ def test_processes_share_the_problems_or_the_model(smollm, tmp_path):
 
 def test_nothing_is_asked_of_no_early_stop(calm):
     """On the command line, too: what was not written in time is no answer; the baseline has one."""
-    given = {row["method"]: [entry["answer"] for entry in row["answers"].values()] for row in lines_of(calm)}
-    assert given["no-early-stop"] == [None, None] and all(isinstance(one, str) for one in given["baseline"])
+    given = {row["method"]: [entry["answer"] for entry in row["answers"].values()]
+             for row in lines_of(calm)}
+    assert given["no-early-stop"] == [None, None]
+    assert all(isinstance(answer, str) for answer in given["baseline"])
