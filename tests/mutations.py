@@ -1,7 +1,9 @@
-"""Do the tests notice faults? Each of these small ones goes into a copy of the code, and a test has to fail.
+"""Do the tests notice faults? Each of these small ones goes into a copy of the code, and a test has to
+fail.
 
-Run it: python tests/mutations.py    (a word: only those whose name has it in it)
+Run it: python tests/mutations.py    (a pattern: only those whose name has it in it)
 """
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 120  # seconds that the tests of one mutation may take
 AT_ONCE = 2
+# A plugin of pytest, for the copies alone: the first failing example is enough, none is made smaller.
+NO_SHRINKING = """
+from hypothesis import Phase, settings
+settings.register_profile("first", phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False,
+                          database=None, deadline=None)
+settings.load_profile("first")
+"""
 
 
 def tests(chapter, names):
@@ -22,32 +31,35 @@ def tests(chapter, names):
 
 SHIFT, CACHE, LAYOUTS, ATTENTION = ("01_rope_shift.py", "02_shared_cache.py", "03_layouts.py",
                                     "04_query_rotation.py")
-KERNEL, LOOP = "05_triton_kernel.py", "06_generate.py"
-WORDS, MODELS, JOURNAL, RECORDING = (f"appendix/{name}.py"
-                                     for name in ("protocol", "models", "journal", "recording"))
+KERNEL, LOOP, EVALUATION = "05_triton_kernel.py", "06_generate.py", "07_eval_limo.py"
+WORDS, MODELS, JOURNAL, RECORDING, TASKS, CURVES, RESULTS = (
+    f"appendix/{name}.py" for name in ("protocol", "models", "journal", "recording", "tasks", "curves",
+                                       "results"))
 FIRST_PART = [  # (name, file, old text, new text, arguments of pytest)
     ("keys are shifted the wrong way", SHIFT, "cos, sin, rope.rotates_last).to(keys.dtype)",
      "cos, -sin, rope.rotates_last).to(keys.dtype)", tests("01_rope_shift", "shifted_keys and llama3")),
     ("yarn's factor is applied twice", SHIFT, "return rotate(keys.float()",
-     "return rope.attention_scaling * rotate(keys.float()", tests("01_rope_shift", "shifted_keys and yarn")),
+     "return rope.attention_scaling * rotate(keys.float()", tests("01_rope_shift",
+                                                                  "shifted_keys and yarn")),
     ("angles in float32", SHIFT, "dtype=torch.float64)[..., None] * rope.inv_freq",
-     "dtype=torch.float32)[..., None] * rope.inv_freq.float()", tests("01_rope_shift", "angles_are_exact")),
+     "dtype=torch.float32)[..., None] * rope.inv_freq.float()",
+     tests("01_rope_shift", "angles_are_exact")),
     ("a move that does not rotate", CACHE, "rope.shift(keys[:, here], target.length, self.ropes[layer])",
      "keys[:, here]", tests("02_shared_cache", "moved_block")),
     ("a move that leaves the values", CACHE, "self.values[layer][:, here]  # values carry",
      "self.values[layer][:, there]  # values carry", tests("02_shared_cache", "moved_block")),
     ("a move without looking for room", CACHE, "self.check_room(target, source.length)",
      "self.check_room(target, 0)", tests("02_shared_cache", "Memory")),
-    ("what is rewound stays", CACHE, "for block, length in zip(self.blocks, lengths):",
-     "for block, length in ():", tests("06_generate", "disturbs_nothing and combined")),
+    ("what is rewound stays", CACHE, "block.length = lengths.get(block, 0)",
+     "block.length += 0", tests("06_generate", "disturbs_nothing and combined")),
     ("a token does not see itself", LAYOUTS, "visible[row, new] = position[new] + 1",
      "visible[row, new] = position[new]", tests("03_layouts", "by_hand")),
     ("a token sees its own future", LAYOUTS, "visible[row, new] = position[new] + 1",
      "visible[row, new] = own.length", tests("03_layouts", "by_hand")),
     ("offsets have the other sign", LAYOUTS, "offset[row, new] = -place", "offset[row, new] = place",
      tests("03_layouts", "by_hand")),
-    ("the dots have one row", LAYOUTS, "before[block] += 1\n            offset[row", "offset[row",
-     tests("03_layouts", "tables_of_a_layout")),
+    ("the dots have one row", LAYOUTS, "row = rows[block, before]", "row = rows[block, 0]",
+     tests("03_layouts", "twice_by_hand")),
     ("a window is one token too wide", ATTENTION, "- window + 1)", "- window)",
      tests("04_query_rotation", "both_functions")),
     ("queries rotate the wrong way", ATTENTION, "rope.rotate(q.float() * scale, cos, sin,",
@@ -57,20 +69,23 @@ FIRST_PART = [  # (name, file, old text, new text, arguments of pytest)
     ("any rotation is taken for ours", ATTENTION, "if not error < 0.02:", "if not error < 1e9:",
      tests("06_generate", "turns_keys_in_another_way")),
     ("the kernel sees one slot less", KERNEL, "sees = load(visible + column, real).to(tl.int32)",
-     "sees = load(visible + column, real).to(tl.int32) - 1", tests("05_triton_kernel", "equals_the_oracle")),
+     "sees = load(visible + column, real).to(tl.int32) - 1", tests("05_triton_kernel",
+                                                                   "equals_the_oracle")),
 ]
 LEAVES = [
     ("missing weights are random numbers", MODELS, 'if info["missing_keys"]:', "if False:",
      tests("models", "incomplete")),
     ("special tokens of a problem are obeyed", MODELS, "split_special_tokens=True",
      "split_special_tokens=False", tests("06_words", "special_tokens")),
-    ("a wheel of any content is installed", MODELS, '"--require-hashes", "--requirement"', '"--requirement"',
+    ("a wheel of any content is installed", MODELS, '"--require-hashes", "--requirement"',
+     '"--requirement"',
      tests("models", "hash")),
     ("penalties are left out", MODELS, "if self.processors else ()", "if False else ()",
-     tests("models", "greedy")),
+     tests("sampling", "greedy")),
     ("a half-written model is taken", MODELS, "new = Path(tempfile.mkdtemp(dir=cache))",
      "(new := folder).mkdir()", tests("models", "half_written")),
-    ("a torn line is kept", JOURNAL, "os.ftruncate(self.file, self.whole)\n            if not self.whole",
+    ("a torn line is kept",
+     JOURNAL, "os.ftruncate(self.file, self.whole)\n            if not self.whole",
      "if not self.whole", tests("journal", "ends_anywhere")),
     ("files of others are ours", JOURNAL, "if data[:len(start)] != start[:len(data)]:", "if False:",
      tests("journal", "files_of_others")),
@@ -86,38 +101,98 @@ LEAVES = [
 SEEN, GENERATED = tests("06_words", "everybody_sees"), "06_generate"
 PROTOCOL = [
     ("a check in every step", LOOP, "CHECK * (w.checks_due > 0)", "CHECK", SEEN),
-    ("checks go to the first worker", LOOP, "{number}\").choice(asked).checks_due", "{number}\") and asked[0].checks_due",
-     SEEN),
-    ("(others) and (own) are exchanged", WORDS, 'SEPARATORS = {"others": "\\n\\n### Work in progress (others)"',
-     'SEPARATORS = {"others": "\\n\\n### Work in progress (own)"', tests("06_words", "two_views")),
+    ("checks go to the first worker", LOOP,
+     'random.Random(f"{self.settings.seed} check {number}").choice(asked)', "asked[0]", SEEN),
+    ("(others) and (own) are exchanged", WORDS,
+     '''(others)", "dots": " <...>",
+              "own": "\\n\\n### Work in progress (own)''',
+     '''(own)", "dots": " <...>",
+              "own": "\\n\\n### Work in progress (others)''', tests("06_words", "two_views")),
     ("other dots", WORDS, '" <...>"', '" <..>"', tests("06_words", "two_views")),
     ("step numbers never grow", LOOP, "w.checks_due - 1), w.step + 1", "w.checks_due - 1), w.step",
      tests("06_words", "two_views")),
-    ("another finisher", WORDS, "I have to conclude that", "I conclude that", tests("06_words", "papers_words")),
-    ("<think> is never added", MODELS, '"<think>\\n" * thinks', '"" * thinks', tests("06_words", "reasoning")),
+    ("another finisher", WORDS, "I have to conclude that", "I conclude that",
+     tests("06_words", "papers_words")),
+    ("<think> is never added", MODELS, '"<think>\\n" * thinks', '"" * thinks',
+     tests("06_words", "reasoning")),
     ("any box ends the run at once", LOOP, "if w.finished or self.is_over(w):",
-     "if w.finished or self.is_over(w) or find_boxed(w.own_text, self.given):", tests("06_words", "step_is_over")),
+     "if w.finished or self.is_over(w) or find_boxed(w.own_text, self.given):",
+     tests("06_words", "step_is_over")),
     ("a prompt's box counts", LOOP, "self.given = protocol.boxes(self.prompt)", "self.given = []",
      tests("06_words", "box_counts")),
-    ("a header's fences count", LOOP, "return self.text[self.start:]", "return self.text", SEEN),
     ("fences are not counted", WORDS, 'return text.count("```") % 2 == 1', "return False",
      tests("06_words", "long_step")),
-    ("a long step ends in mid-line", LOOP, "self.settings.max_step and line_end", "self.settings.max_step",
+    ("a long step ends in mid-line", LOOP, "self.settings.max_step and line_end",
+     "self.settings.max_step",
      tests("06_words", "long_step")),
     ("a header in mid-paragraph", LOOP, "opening = breaks + header", "opening = header", SEEN),
     ("two checks are one", LOOP, "checks_due += 1", "checks_due = 1", tests("06_words", "two_checks")),
     ("NaN goes unnoticed", LOOP, "if logits.isnan().any():", "if False:", tests(GENERATED, "nan")),
-    ("all workers draw the same", LOOP, '{seed} {w.name} {len', "{seed} {len", tests(GENERATED, "sequential_runs")),
+    ("all workers draw the same", LOOP, '{seed} {w.name} {len', "{seed} {len",
+     tests(GENERATED, "sequential_runs")),
 ]
-MUTATIONS = FIRST_PART + LEAVES + PROTOCOL
+EVAL, LINE, GRADING = (f"tests/test_{name}.py" for name in ("07_eval_limo", "07_command_line", "tasks"))
+EVALUATE = [
+    ("100 samples instead of 128", TASKS, "SAMPLES = 128", "SAMPLES = 100",
+     [GRADING, "-k", "problems_of_five"]),
+    ("16 answer tokens instead of 64 for OlympiadBench", TASKS,
+     '"olympiad-maths": Task(64,', '"olympiad-maths": Task(16,', [GRADING, "-k", "how_long"]),
+    ("16 answer tokens instead of 64 for MATH", TASKS,
+     '"math500": Task(64,', '"math500": Task(16,', [GRADING, "-k", "how_long"]),
+    ("the point rule dropped from Skeleton-of-Thought", EVALUATION,
+     "You work on point {number} and on no other. Reason", "Reason",
+     [EVAL, "-k", "skeleton_of_thought"]),
+    ("early stop counted for no-early-stop", EVALUATION,
+     "answer = run.answer() if early_stop else run.written_answer()", "answer = run.answer()",
+     [EVAL, "-k", "every_method"]),
+    ("no-early-stop asked for its answer by the command line", EVALUATION,
+     'spec != "no-early-stop")', "True)", [LINE, "-k", "nothing_is_asked"]),
+    ("seeds averaged as problems", EVALUATION,
+     "scores = np.array([scores[problems == number].mean(0) for number in np.unique(problems)])",
+     "scores = scores + 0.0", [EVAL, "-k", "figures or counted"]),
+    ("interval without the z term", CURVES,
+     "middle, spread = share + z * z / 2,", "middle, spread = share,",
+     [EVAL, "-k", "figures or intervals"]),
+    ("a box of one sample ends the whole run", EVALUATION,
+     "    def boxed_by(self, w, answer):\n        w.finished = True\n\n", "",
+     [EVAL, "-k", "a_sample_ends"]),
+    ("a sample's box is taken without asking", EVALUATION,
+     "    def written_answer(self):\n        return None\n", "", [EVAL, "-k", "a_sample_ends"]),
+    ("turns that ignore who has finished", EVALUATION,
+     "able = super().next_writers()", "able = [w for w in self.workers]", [EVAL, "-k", "turns"]),
+    ("an outline of 256 passes", EVALUATION, "max_passes=128", "max_passes=256",
+     [EVAL, "-k", "skeleton_of_thought"]),
+    ("faults are not counted as wrong", RESULTS,
+     'NOTHING = {"answer": None, "score": 0,', 'NOTHING = {"answer": None, "score": 1,',
+     [EVAL, "-k", "figures"]),
+    ("what failed is not tried again", EVALUATION,
+     'done = {key_of(row) for row in found() if not row["error"]}',
+     "done = {key_of(row) for row in found()}",
+     [LINE, "-k", "a_fault"]),
+    ("steps encoded anew before the history", EVALUATION,
+     "[[([self.history], self.ids[w.block])]]", "[[([w.block], self.ids[w.block])]]",
+     [EVAL, "-k", "reencoded"]),
+    ("a box of any list order", TASKS, "for gold, mine, part in zip(golds, understood, given)]",
+     "for gold, mine, part in zip(sorted(golds), understood, given)]", [GRADING, "-k", "list"]),
+    ("asking counts as passes", EVALUATION,
+     "                    answers[str(passes)] = asked()",
+     "                    answers[str(passes)], passes = asked(), passes + 1",
+     [EVAL, "-k", "one_run_answers"]),
+    ("an unpaired difference", CURVES, "pairs = np.subtract(scores, baseline)",
+     "pairs = np.subtract(scores, np.sort(baseline))", [EVAL, "-k", "differences"]),
+]
+MUTATIONS = FIRST_PART + LEAVES + PROTOCOL + EVALUATE
 
 
 def mutate(folder, file, old, new):
-    """Copy the repository, as it is now, with one change. Returns False if the text is not there once."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    """Copy the repository, as it is now, with one change. Returns False if the text is not there
+    once."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True,
+                            check=True)
     for name in filter(None, listed.stdout.split("\0")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
+    (folder / "no_shrinking.py").write_text(NO_SHRINKING)
     text = (folder / file).read_text()
     (folder / file).write_text(text.replace(old, new))
     return text.count(old) == 1
@@ -131,9 +206,11 @@ def noticed(mutation):
         if not mutate(Path(folder), file, old, new):
             outcome = "does not apply"
         else:
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+                       "-p", "no_shrinking", *arguments]
             try:
-                run = subprocess.run(command, cwd=folder, capture_output=True, timeout=LIMIT, check=False)
+                run = subprocess.run(command, cwd=folder, capture_output=True, timeout=LIMIT,
+                                     check=False)
                 # 1: tests failed. (Others: nothing was collected, or could not be.)
                 outcome = "red" if run.returncode == 1 else "SURVIVED"
             except subprocess.TimeoutExpired:
@@ -143,9 +220,10 @@ def noticed(mutation):
 
 
 def main():
-    """Apply all of them, or those with a word in their names. Exit code 1: one survived; 2: one is out of date."""
+    """Apply all of them, or those with a word in their names. Exit code 1: one survived; 2: one is out
+    of date."""
     word = " ".join(sys.argv[1:])
-    chosen = [mutation for mutation in MUTATIONS if word in mutation[0]]
+    chosen = [mutation for mutation in MUTATIONS if re.search(word, mutation[0])]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         outcomes = list(pool.map(noticed, chosen))
     red = outcomes.count("red")

@@ -14,8 +14,10 @@ from appendix import journal, screen
 
 HEADER = {"problem": "3 + 4 = é?\u2028", "seed": 1, "workers": ["Alice", "Bob"]}
 ROWS = [
-    {"prompt": "### Past\x1b[2J\r\n", "opening": {"Alice": "**Alice"}, "moves": True, "context": 64, "weights": "0f"},
-    *({"fed": {"Alice": [1, 2], "Bob": []}, "sampled": {"Alice": n}, "text": {"Alice": "\x85 7\n"}, "in_view": 9,
+    {"prompt": "### Past\x1b[2J\r\n", "opening": {"Alice": "**Alice"}, "moves": True, "context": 64,
+     "weights": "0f"},
+    *({"fed": {"Alice": [1, 2], "Bob": []}, "sampled": {"Alice": n}, "text": {"Alice": "\x85 7\n"},
+       "in_view": 9,
        "events": [["say", "Eve", "Hm\u2029"]], "seconds": 0.25, "closed": [
            {"worker": "Bob", "step": n, "text": "\x0b.\n", "opened": ""}]} for n in range(3)),
     {"ending": "answer", "answer": "7"}]
@@ -41,7 +43,8 @@ def refusal(path, *args, **options):
     with pytest.raises(ValueError) as caught, opened(path, *args, **options):
         pass
     sentence = str(caught.value)
-    assert path.read_bytes() == before and sentence.isprintable() and str(path) in sentence and len(sentence) < 900
+    assert path.read_bytes() == before and sentence.isprintable()
+    assert str(path) in sentence and len(sentence) < 900
     return sentence
 
 
@@ -60,11 +63,13 @@ def test_what_is_written_is_read(tmp_path):
         assert trace.rows == ROWS[:2]
         for row in ROWS[2:]:
             trace.add(row)
-            assert trace.rows[-1] == row and json.loads((tmp_path / "trace").read_bytes().split(b"\n")[-2]) == row
+            last = (tmp_path / "trace").read_bytes().split(b"\n")[-2]
+            assert trace.rows[-1] == row == json.loads(last)
     lines = (tmp_path / "trace").read_bytes().split(b"\n")
     assert (tmp_path / "trace").read_bytes().startswith(data) and lines[-1] == b""
     assert [json.loads(line) for line in lines[:-1]] == [{"format": "hogwild-trace-2", **HEADER}, *ROWS]
-    assert journal.read(tmp_path / "trace", "trace", screen.ROW) == (HEADER, ROWS, len(b"\n".join(lines)))
+    assert journal.read(tmp_path / "trace", "trace", screen.ROW) == (HEADER, ROWS,
+                                                                     len(b"\n".join(lines)))
     with journal.Journal(None, "trace", HEADER, screen.ROW) as nothing:
         nothing.add(ROWS[0])
     assert nothing.rows == ROWS[:1]
@@ -91,11 +96,15 @@ def test_a_header_is_written_once(tmp_path, header):
     assert "problem" in refusal(tmp_path / "trace", {} if header else HEADER)
 
 
-FOREIGN = ["a note", "a note\n", "\x89PNG\r\n\x1a\n\0\0", "[1, 2]\n", "{}\n", '{"format": 1}\n', "null\n", "\n", " ",
-           '{"format": "hogwild-evaluation-2", "seed": 1}\n', '{"format": "hogwild-trace-1"}\n', "[" * 10**5,
+FOREIGN = ["a note", "a note\n", "\x89PNG\r\n\x1a\n\0\0", "[1, 2]\n", "{}\n", '{"format": 1}\n',
+           "null\n", "\n", " ",
+           '{"format": "hogwild-evaluation-2", "seed": 1}\n', '{"format": "hogwild-trace-1"}\n',
+           "[" * 10**5,
            '{"seed": 1, "format": "hogwild-trace-2"}\n', '{"format": "hogwild-trace-2"} x\n',
-           '{"format": "hogwild-trace-2", "a": ' + "[" * 10**5 + "\n", '{"format": "hogwild-trace-2", "format": 3}\n',
-           '{"format": "hogwild-trace-2"}\nmore of a note\n', '{"format": "hogwild-trace-2"\r\n', "\x1b[2J\n"]
+           '{"format": "hogwild-trace-2", "a": ' + "[" * 10**5 + "\n",
+           '{"format": "hogwild-trace-2", "format": 3}\n',
+           '{"format": "hogwild-trace-2"}\nmore of a note\n', '{"format": "hogwild-trace-2"\r\n',
+           "\x1b[2J\n"]
 
 
 @pytest.mark.parametrize("text", FOREIGN)
@@ -119,20 +128,24 @@ def test_any_bytes_are_refused(place, data):
 
 ANYTHING = st.one_of(
     st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                 lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=3), inside, max_size=3)),
-    st.sampled_from([10**400, -10**30, math.nan, math.inf, "\x1b[2J\r\n\x85\u2028", {}, [], [[]], {"": {}}]))
+                 lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=3),
+                                                                               inside, max_size=3)),
+    st.sampled_from([10**400, -10**30, math.nan, math.inf, "\x1b[2J\r\n\x85\u2028", {}, [], [[]],
+                     {"": {}}]))
 
 
 def places(value, path=()):
     """The path of every value inside a JSON value."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value,
+                                                                                          list) else ()
     return [path, *(place for key, one in inside for place in places(one, (*path, key)))]
 
 
 @check(max_examples=400)
 @given(data=st.data(), other=ANYTHING, how=st.sampled_from(["replace", "remove", "add", "nest"]))
 def test_edited_lines_are_refused_or_have_the_same_shape(place, data, other, how):
-    """Types changed, keys removed, things added or nested, in any line: one sentence, or rows of that shape."""
+    """Types changed, keys removed, things added or nested, in any line: one sentence, or rows of that
+    shape."""
     lines = json.loads(json.dumps([{"format": "hogwild-trace-2", **HEADER}, *ROWS]))
     *way, last = data.draw(st.sampled_from([path for path in places(lines) if path]))
     target = lines
@@ -167,15 +180,19 @@ def of_a_trace(row):
         return (type(row["prompt"]) is str is type(row["weights"]) and texts(row["opening"])
                 and type(row["moves"]) is bool and number(row["context"]))
     return (all(type(ids) is list and all(map(number, ids)) for ids in row["fed"].values())
-            and all(map(number, row["sampled"].values())) and texts(row["text"]) and number(row["in_view"])
-            and all(type(event) is list and all(type(word) is str for word in event) for event in row["events"])
+            and all(map(number, row["sampled"].values())) and texts(row["text"])
+            and number(row["in_view"])
+            and all(type(event) is list and all(type(word) is str for word in event)
+                    for event in row["events"])
             and type(row["seconds"]) in (int, float)
-            and all(number(one["step"]) and texts({key: one[key] for key in ("worker", "text", "opened")})
+            and all(number(one["step"]) and texts({key: one[key]
+                                                   for key in ("worker", "text", "opened")})
                     for one in row["closed"]))
 
 
 @check()
-@given(at=st.integers(0, 10**4), byte=st.integers(0, 255), how=st.sampled_from(["change", "insert", "remove"]))
+@given(at=st.integers(0, 10**4), byte=st.integers(0, 255), how=st.sampled_from(["change", "insert",
+                                                                                "remove"]))
 def test_changed_bytes_are_refused_or_read(place, at, byte, how):
     """One byte changed, inserted or removed anywhere: a sentence, or rows of the same shape."""
     place.unlink(missing_ok=True)
@@ -190,8 +207,10 @@ def test_changed_bytes_are_refused_or_read(place, at, byte, how):
 
 
 @pytest.mark.parametrize("theirs, words", [
-    ({**HEADER, "seed": 2}, "holds work with seed 2, not 1"), ({**HEADER, "more": [1]}, "holds work with more [1], not None"),
-    ({"problem": "x", "seed": 1}, "problem 'x', not '3 + 4"), ({**HEADER, "problem": "\x1b[2J" * 300}, "problem '"),
+    ({**HEADER, "seed": 2}, "holds work with seed 2, not 1"),
+    ({**HEADER, "more": [1]}, "holds work with more [1], not None"),
+    ({"problem": "x", "seed": 1}, "problem 'x', not '3 + 4"),
+    ({**HEADER, "problem": "\x1b[2J" * 300}, "problem '"),
     ({**HEADER, "\x1b[2J\n": 1}, "holds work with"), ({**HEADER, "x": "\x9b2J"}, "holds work with x"),
     ({**HEADER, "seed": math.nan}, "seed nan"), ({**HEADER, "seed": 10**30}, "seed 1000")])
 def test_other_headers_are_refused(tmp_path, theirs, words):
@@ -204,11 +223,20 @@ def test_other_headers_are_refused(tmp_path, theirs, words):
 
 # ------------------------------------------------------------------------------ who else may be there
 
+WRITER = """
+from appendix import journal
+with journal.Journal("PATH", "trace", {"seed": 1}, {}) as trace:
+    print("open", flush=True)
+    input()
+    trace.add({"b": 1})
+"""
+
+
 def test_a_file_has_one_writer(tmp_path):
     """Another process, or the same one, is told so; when the first has ended, the file is free."""
-    code = ("from appendix import journal\nwith journal.Journal(%r, 'trace', {'seed': 1}, {}) as trace:\n"
-            "    print('open', flush=True); input()\n    trace.add({'b': 1})" % str(tmp_path / "trace"))
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    code = WRITER.replace("PATH", str(tmp_path / "trace"))
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True,
                                cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     assert process.stdout.readline() == "open\n"
     assert "another process writes to" in refusal(tmp_path / "trace")
@@ -220,13 +248,16 @@ def test_a_file_has_one_writer(tmp_path):
 
 
 def test_what_is_not_a_file_is_refused(tmp_path):
-    """Links, also to nowhere, folders, devices, pipes, places that are not there: one sentence, nothing is made."""
+    """Links, also to nowhere, folders, devices, pipes, places that are not there: one sentence, nothing
+    is made."""
     (tmp_path / "notes").write_text("")
     for name, target in (("link", "notes"), ("dangling", "nothing"), ("loop", "loop")):
         (tmp_path / name).symlink_to(tmp_path / target)
     os.mkfifo(tmp_path / "pipe")
-    for name, words in (("link", "it is a link"), ("dangling", "it is a link"), ("loop", "it is a link"), (".", "irectory"),
-                        ("pipe", "not a file"), ("/dev/null", "not a file"), ("no/folder", "No such file"),
+    for name, words in (("link", "it is a link"), ("dangling", "it is a link"),
+                        ("loop", "it is a link"), (".", "irectory"),
+                        ("pipe", "not a file"), ("/dev/null", "not a file"),
+                        ("no/folder", "No such file"),
                         ("notes/below", "Not a directory"), ("a\0b", "null"), ("x" * 300, "too long")):
         with pytest.raises(ValueError, match=words) as caught:
             opened(tmp_path / name)
@@ -248,7 +279,8 @@ class Disk:
     def __call__(self, file, data):
         used = self.path.stat().st_size
         fits = max(0, self.room - used)
-        if fits and self.some:  # as the system does: a part of it, and the error comes with the next call
+        # As the system does: a part of it, and the error comes with the next call.
+        if fits and self.some:
             return self.write(file, data[:fits])
         if len(data) > fits:
             self.write(file, data[:fits])
@@ -266,7 +298,8 @@ def whole_lines(path):
 @check(max_examples=60)
 @given(room=st.integers(0, 300), later=st.integers(0, 5), some=st.booleans(), durable=st.booleans())
 def test_a_full_disk_delays_rows(tmp_path_factory, room, later, some, durable):
-    """They come when there is room again, in order; the file is whole lines at every moment; it is said once."""
+    """They come when there is room again, in order; the file is whole lines at every moment; it is said
+    once."""
     path = tmp_path_factory.mktemp("full") / "trace"
     with pytest.MonkeyPatch.context() as patch:
         said = []
@@ -282,13 +315,15 @@ def test_a_full_disk_delays_rows(tmp_path_factory, room, later, some, durable):
                 if number >= later:
                     assert len(rows) == number + 1
         lost = len(ROWS) - len(whole_lines(path))
-    assert len(said) <= 1 + (lost > 0) and (not lost or f"the last {lost} lines could not be" in said[-1][0])
+    assert len(said) <= 1 + (lost > 0)
+    assert not lost or f"the last {lost} lines could not be" in said[-1][0]
     assert bool(said) >= (room < 100 and later > 0)
     with opened(path) as trace:
         assert trace.rows == ROWS[:len(ROWS) - lost]
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"),
+                                   OSError(28, "No space left on device")])
 def test_a_row_that_does_not_reach_the_disk_comes_again(tmp_path, monkeypatch, error, capsys):
     """Where rows are to be durable, fsync has a say, too."""
     def fail(_):
@@ -318,7 +353,8 @@ def test_without_room_for_a_header_nothing_begins(tmp_path, monkeypatch, capsys,
 # ---------------------------------------------------------------------------------- pictures and shapes
 
 def test_pictures_of_others_stay(tmp_path):
-    """New, or one of ours; not another file, an empty one, a link, a folder, a place that is not there."""
+    """New, or one of ours; not another file, an empty one, a link, a folder, a place that is not
+    there."""
     (tmp_path / "ours").write_bytes(b"\x89PNG and more")
     (tmp_path / "notes").write_text("a note")
     (tmp_path / "empty").touch()
@@ -336,7 +372,8 @@ def test_pictures_of_others_stay(tmp_path):
 
 SHAPES = st.recursive(
     st.sampled_from([int, float, str, bool, None]),
-    lambda inside: st.lists(inside, min_size=1, max_size=1) | st.dictionaries(st.just(str), inside, min_size=1)
+    lambda inside: st.lists(inside, min_size=1, max_size=1) | st.dictionaries(st.just(str), inside,
+                                                                              min_size=1)
     | st.dictionaries(st.text(max_size=3), inside, max_size=3) | st.tuples(inside, inside), max_leaves=6)
 
 
@@ -351,7 +388,8 @@ def fitting(shape):
             return st.dictionaries(st.text(max_size=3), fitting(shape[str]), max_size=3)
         return st.fixed_dictionaries({key: fitting(one) for key, one in shape.items()},
                                      optional={"extra": st.integers()} if "extra" not in shape else {})
-    simple = {int: st.integers(), float: st.floats() | st.integers(), str: st.text(), bool: st.booleans()}
+    simple = {int: st.integers(), float: st.floats() | st.integers(), str: st.text(),
+              bool: st.booleans()}
     return simple[shape] if shape else st.none()
 
 
@@ -364,9 +402,11 @@ def test_values_of_a_shape_match(data, shape):
 
 
 @pytest.mark.parametrize("value, shape", [
-    (True, int), (False, float), (1, bool), (1.0, int), ("1", int), (1, str), (None, str), (0, None), (False, None),
+    (True, int), (False, float), (1, bool), (1.0, int), ("1", int), (1, str), (None, str), (0, None),
+    (False, None),
     ([1, "x"], [int]), ({"a": 1}, [int]), ([], {}), ([], {str: int}), ({"a": 1, "b": "x"}, {str: int}),
-    ({}, {"a": int}), ({"a": None}, {"a": int}), ({"a": {"b": [1, True]}}, {"a": {"b": [int]}}), ("x", (int, None)),
+    ({}, {"a": int}), ({"a": None}, {"a": int}), ({"a": {"b": [1, True]}}, {"a": {"b": [int]}}),
+    ("x", (int, None)),
     ([[1], 2], [[int]]), ("ab", [str]), (1, {}), ({"a": 1}, ({"a": str}, {"b": int})), ("1.0", float)])
 def test_values_of_another_shape_do_not_match(value, shape):
     """Also those that Python would take for it."""
