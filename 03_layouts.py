@@ -195,8 +195,8 @@ def distances_in_tables(tables, n):
 def main():
     """Show who sees what, and check the tables against it."""
     console, checked = Console(width=105, highlight=False), 0
-    print("One line per worker: the memory as it sees it. A letter is a token: p of the prompt,\n"
-          "a b c by its writer, upper case if it is new in this pass; | is a separator.\n")
+    print("One line per worker: the memory as that worker sees it. A letter is a token: p of the\n"
+          "prompt, a b c by its writer, upper case if it is new in this pass; | is a separator.\n")
     for name, layout in LAYOUTS.items():
         print(f"{name}: {layout.view.__doc__}")
         for now, (tables, texts) in enumerate(play(name, passes=9), start=1):
