@@ -131,9 +131,7 @@ def first_slots(tables, window):
 
 
 def visible_rows(tables, window):
-    """The rows that some token sees, as a list of Row: first the long ones, then those of which some
-    token does not see all.
-    """
+    """The rows that some token sees, as a list of Row, the long ones first."""
     rows, first = [], first_slots(tables, window)
     for b, sees in enumerate(first < tables.visible):  # sees: [N]
         if sees.any():
@@ -141,7 +139,7 @@ def visible_rows(tables, window):
             start, j = int(tables.start[b]), torch.arange(low, high)
             hidden = (j >= tables.visible[b][:, None]) | (j < first[b][:, None])  # [N, slots]
             rows.append(Row(b, range(start + low, start + high), hidden))
-    return sorted(rows, key=lambda row: (len(row.slots) <= SHORT, bool(row.hidden.any())))
+    return sorted(rows, key=lambda row: len(row.slots) <= SHORT)
 
 
 def read(memory, slots):

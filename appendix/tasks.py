@@ -153,7 +153,7 @@ def tidy(answer):
     """The answer as math-verify wants it: boxed, without small spaces and the full stop of its sentence,
     and e as e."""
     answer = re.sub(r"\\[,!;:]|~", "", answer).replace(r"\mathrm{e}", "e")
-    return f"\\boxed{{{answer.strip().rstrip('.')}}}"
+    return f"\\boxed{{{answer.strip().rstrip(' .')}}}"
 
 
 def same_kind(gold, answer):

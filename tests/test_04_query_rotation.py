@@ -3,6 +3,7 @@ hooks, and several runs in one pass."""
 import copy
 from functools import lru_cache
 from importlib import import_module
+from itertools import combinations
 
 import pytest
 import torch
@@ -120,6 +121,21 @@ def test_both_functions_equal_the_oracle(case):
         result = function(*arguments)
         error = (result - expected).abs()
         assert error.max() <= 1e-5, f"{function}: max {error.max():.1e}, mean {error.mean():.1e}"
+
+
+def test_tables_serve_layers_of_every_kind():
+    """What is kept with the tables of a pass is kept for one rotation and one window."""
+    torch.manual_seed(0)
+    q, k, v, tables = attend.example(300, 3)
+    results = []
+    for base in (1e4, 1e6):
+        rotation = rope.Rope(base ** -(torch.arange(32).double() / 32))
+        for window in (None, 7, 100):
+            results.append(attend.attention_spec(q, k, v, tables, rotation, 0.5, window))
+            for _ in range(2):
+                result = attend.attention(q, k, v, tables, rotation, 0.5, window)
+                assert (result - results[-1]).abs().max() <= 1e-5
+    assert all((one - other).abs().max() > 1e-3 for one, other in combinations(results, 2))
 
 
 @settings(deadline=None, max_examples=40)

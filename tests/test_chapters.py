@@ -43,10 +43,10 @@ def tokens(path):
 
 
 def test_the_house_is_small():
-    """Chapters: 17,500 tokens together; the appendix: 12,000; no file over 450 lines, no line over 105
+    """Chapters: 17,500 tokens together; the appendix: 16,500; no file over 450 lines, no line over 105
     columns."""
     assert 10_000 < sum(map(tokens, CHAPTERS)) <= 17_500
-    assert sum(map(tokens, APPENDIX)) <= 12_000
+    assert sum(map(tokens, APPENDIX)) <= 16_500
     for path in [*CHAPTERS, *APPENDIX, *(f"tests/{path.name}"
                                          for path in (ROOT / "tests").glob("*.py"))]:
         lines = (ROOT / path).read_text().splitlines()
