@@ -130,7 +130,7 @@ def test_tables_serve_layers_of_every_kind():
     results = []
     for base in (1e4, 1e6):
         rotation = rope.Rope(base ** -(torch.arange(32).double() / 32))
-        for window in (None, 7, 100):
+        for window in (None, 90, 200):
             results.append(attend.attention_spec(q, k, v, tables, rotation, 0.5, window))
             for _ in range(2):
                 result = attend.attention(q, k, v, tables, rotation, 0.5, window)
