@@ -418,7 +418,7 @@ def test_a_model_that_turns_keys_in_another_way_is_refused(smollm):
     used."""
     model = tiny("llama")
     model.model.rotary_emb.inv_freq.mul_(1.5)
-    with pytest.raises(ValueError, match="does not turn its keys"):
+    with pytest.raises(ValueError, match="does not rotate keys"):
         generate.Hogwild(model, smollm[1], PROBLEM)
 
 
