@@ -256,7 +256,6 @@ class Team:
                                   self.words) for own in self.own]
         return [(view, count) for view, count in zip(views, self.counts[number - 1]) if count]
 
-
     def contents(self):
         """Keys and values of all blocks with something in them, as a list of [Hk, length, D or Dv]."""
         blocks = [self.history, *self.words.values(), *self.own]
