@@ -224,6 +224,9 @@ def main():
     of date."""
     word = " ".join(sys.argv[1:])
     chosen = [mutation for mutation in MUTATIONS if re.search(word, mutation[0])]
+    if not chosen:
+        print(f"no mutation has {word!r} in its name", file=sys.stderr)
+        return 2
     with ThreadPoolExecutor(AT_ONCE) as pool:
         outcomes = list(pool.map(noticed, chosen))
     red = outcomes.count("red")
