@@ -363,6 +363,7 @@ def main(argv=None):
     what, = command.Parser(Evaluation, description=__doc__.split("\n")[0]).read(argv)
     if what.png:
         journal.own_picture(what.png, b"\x89PNG")
+        import_module("matplotlib")  # else it would be missed when all is done
         if not what.png.endswith(".png"):
             raise ValueError(f"--png draws a PNG, so {what.png!r} has to end in .png")
     if what.report:

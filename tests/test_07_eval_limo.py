@@ -1,6 +1,7 @@
 """Chapter 7: methods against what they claim to be, answers at every budget, and the statistics."""
 import copy
 import random
+import sys
 from importlib import import_module
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from helpers import tiny, tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 
 from appendix import curves, models
 
@@ -364,10 +366,15 @@ def test_what_is_counted_of_answers():
     assert evaluation.one_each(twice) == [twice[1]]
 
 
-def test_the_tables(capsys, tmp_path):
+def test_the_tables(capsys, tmp_path, monkeypatch):
     """Shares with intervals, the paired difference, the ratio of passes; and the picture."""
     header = {"model": "m\x1b", "task": "own", "data": None, "budgets": [10, 20]}
+    drawn, bars = [], Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", lambda *what, **how: drawn.append(what) or bars(*what, **how))
     evaluation.report(header, RESULTS, str(tmp_path / "x.png"))
+    assert [list(x) for _, x, *_ in drawn] == [[10, 20], [10, 20], [1, 2], [1, 2]]
+    lows = [y - down for *_, y, (down, _) in drawn[:2]]
+    assert np.allclose(lows, [[0, 0.0615], [0.0615, 0.2077]], atol=1e-4)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["hogwild:2", "3", "33%", "(6%–79%)", "67%", "(21%–94%)"] in lines
     assert ["hogwild:2", "+33%", "(+0%", "–", "+100%)", "–", "15", "0", "0", "1", "0"] in lines
@@ -418,3 +425,26 @@ def test_passes_to_reach(accuracy, level):
     else:
         assert np.interp(at, budgets, accuracy) == pytest.approx(level)
         assert budgets[0] < at + 1e-9 and at <= budgets[-1] + 1e-9
+
+
+def test_every_seed_is_a_run_of_its_own(toy, tmp_path, monkeypatch):
+    """A seed of the command line is the seed of its run, down to the words."""
+    monkeypatch.setattr(models, "prepared", lambda *_: toy)
+    path = str(tmp_path / "x.jsonl")
+    assert evaluation.main(["--methods", "baseline", "--budgets", "6", "--limit", "1", "--seeds", "0",
+                            "7", "--answer-tokens", "2", "--out", path]) == 0
+    _, rows = evaluation.read([path])
+    question = evaluation.tasks.OWN[0][0]
+    for row in rows:
+        told = generate.Settings(max_passes=6, seed=row["seed"], answer_tokens=2)
+        alone = evaluation.evaluate(evaluation.runs_of("baseline", *toy, question, told), ["48"], [6])
+        assert alone["text"] == row["text"]
+    assert [row["seed"] for row in rows] == [0, 7] and rows[0]["text"] != rows[1]["text"]
+
+
+def test_what_draws_is_missed_at_once(tmp_path, monkeypatch):
+    """Without matplotlib, --png is refused before anything is run."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(models, "prepared", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ImportError, match="matplotlib"):
+        evaluation.main(["--out", str(tmp_path / "x.jsonl"), "--png", str(tmp_path / "x.png")])

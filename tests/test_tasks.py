@@ -182,6 +182,13 @@ def test_problems_of_five_questions(tmp_path, count, problems):
     assert made == tasks.load("gsm8k-x5", str(tmp_path / "gsm.jsonl"))
 
 
+def test_problems_of_five_are_drawn_from_all(tmp_path):
+    """Not the first 640 of 1,319 questions, and not in their order."""
+    made = tasks.load("gsm8k-x5", gsm8k(tmp_path / "gsm.jsonl", 1319))
+    numbers = [int(answer.replace(",", "")) for problem in made for answer in problem["answers"]]
+    assert len(numbers) == 640 and numbers != sorted(numbers) and max(numbers) > 2200
+
+
 def test_how_long_an_answer_may_be():
     """Paper, appendix C: 16 tokens, and 64 where answers are expressions; where each data set is."""
     hub = {name: (task.answer_tokens, *task.source, task.question, task.answer, task.group)
