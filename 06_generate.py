@@ -64,8 +64,8 @@ class Settings:
 
     def __post_init__(self):
         """Raise ValueError, one sentence, if a setting makes no sense."""
-        if len(self.workers) == 1 and self.workers[0].isdigit():  # how many of them, not who
-            self.workers = NAMES[:int(self.workers[0])] * (int(self.workers[0]) <= len(NAMES))
+        if self.workers in [[str(count)] for count in range(1, len(NAMES) + 1)]:  # how many, not who
+            self.workers = NAMES[:int(self.workers[0])]
         rules = [("workers", 1 <= len(self.workers) <= len(NAMES), f"1 to {len(NAMES)} of them"),
                  ("layout", self.layout in layouts.LAYOUTS, f"one of {', '.join(layouts.LAYOUTS)}"),
                  ("temperature", self.temperature is None or 0 < self.temperature < 1e9, "above 0"),
@@ -95,8 +95,8 @@ def best_forward(device, attention="auto"):
     except Exception as error:  # of any kind: no Triton, no compiler, a GPU that it does not know
         if attention == "triton":
             raise ValueError(command.first_line(error)) from error
-        print(f"attention runs through PyTorch, without the Triton kernel: {command.first_line(error)}",
-              file=sys.stderr)
+        reason = command.first_line(error)
+        print(f"attention runs through PyTorch, without the Triton kernel: {reason}", file=sys.stderr)
         return query_rotation.forward
 
 

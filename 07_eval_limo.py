@@ -100,6 +100,7 @@ class Reencode(Hogwild):
     nothing else."""
 
     def to_history(self, w):
+        """Encode the step that worker w has finished."""
         self.cache.truncate(w.block, 0)
         if self.ids[w.block]:
             generate.feed(self.model, self.cache, [[([self.history], self.ids[w.block])]], self.forward)
@@ -111,9 +112,11 @@ class Samples(Hogwild):
     their text in view."""
 
     def boxed_by(self, w, answer):
+        """Worker w is done."""
         w.finished = True
 
     def written_answer(self):
+        """None: one sample's answer is not the team's."""
         return None
 
 

@@ -130,7 +130,7 @@ def one_sentence(main):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
     try:
         return main()
-    except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
+    except (ValueError, ArithmeticError, RuntimeError, OSError, ImportError, MemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {first_line(error)}", file=sys.stderr)
         return getattr(error, "code", None) or 2
     except KeyboardInterrupt:

@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import copy
 import hashlib
-import importlib.util
 import io
 import os
 import platform
@@ -21,6 +20,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from time import thread_time
 from typing import Literal
@@ -174,7 +174,7 @@ def converted(gguf):
     folder = cache / f"{gguf.stem}-{content}-{transformers.__version__}-{torch.__version__}"
     if (folder / "config.json").exists():
         return folder
-    missing = [name for name in ("gguf", "accelerate") if not installed(name)]
+    missing = [name for name in ("gguf", "accelerate") if not find_spec(name)]
     if missing:
         raise ValueError(f"GGUF files need another package: pip install {' '.join(missing)}")
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # the loader's progress
@@ -198,11 +198,6 @@ def converted(gguf):
     with contextlib.suppress(OSError):  # if another process was faster
         new.rename(folder)
     return folder
-
-
-def installed(package):
-    """Is this package there?"""
-    return importlib.util.find_spec(package) is not None
 
 
 def check_hub(name):

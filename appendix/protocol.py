@@ -71,9 +71,9 @@ def header(name, step):
 
 def check_name(name, others):
     """Raise ValueError unless a worker can be called `name`, beside `others`."""
-    if not re.fullmatch(r"[^\s*\[\]{}<>|\x00-\x1f\x7f-\x9f]{1,24}", name):
-        raise ValueError(f"{name!r} is not a name for a worker: up to 24 characters, no spaces or "
-                         "brackets (and a problem stands before the names)")
+    if not re.fullmatch(r"(?!\d+$)[^\s*\[\]{}<>|\x00-\x1f\x7f-\x9f]{1,24}", name):
+        raise ValueError(f"{name!r} is not a name for a worker (up to 24 characters, no spaces, no "
+                         "brackets), nor a number of them (1 to 16); a problem stands before the names")
     if name in others:
         raise ValueError(f"two workers are called {name!r}; each needs a name of its own")
 

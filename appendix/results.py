@@ -39,8 +39,9 @@ def read(files, header=None):
         if not whole:  # another process has only just made it
             continue
         header = header or theirs
-        if theirs != header or not journal.matches(theirs, HEADER) or any(
-                list(row["answers"]) != list(map(str, theirs["budgets"] or [0])) for row in found):
+        if theirs != header or not journal.matches(theirs, HEADER) or not all(
+                list(row["answers"]) == list(map(str, theirs["budgets"] or [0]))
+                and all(0 <= entry["score"] <= 1 for entry in row["answers"].values()) for row in found):
             raise ValueError(f"{path!r} is damaged, or holds results of other settings than the others")
         rows += found
     return header, rows

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from appendix import command, journal  # noqa: E402
-from appendix.protocol import CHECK, SEPARATORS  # noqa: E402
+from appendix.protocol import CHECK, SEPARATORS, header  # noqa: E402
 
 START = {"prompt": str, "opening": {str: str}, "moves": bool, "context": int, "weights": str}
 PASS = {"fed": {str: [int]}, "sampled": {str: int}, "text": {str: str}, "events": [[str]],
@@ -61,7 +60,6 @@ class Screen:
         self.history, self.current = [], dict(start["opening"])
         self.names = list(start["opening"])  # in the order in which they came: a colour each
         self.passes, self.tokens, self.seconds, self.view = 0, 0, 0.0, 0
-        self.recent = deque(maxlen=50)  # (tokens, seconds) of the last passes
         live = self.console.is_terminal and not plain
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if live else None
         self.next_refresh = 0.0
@@ -77,20 +75,21 @@ class Screen:
 
     def show(self, record):
         """Take in the record of one pass."""
-        for what, name, *words in record["events"]:
+        for what, name, text in ([*event, "", "", ""][:3] for event in record["events"]):
             if what == "say":
-                self.finish_step(name, f"{name}: {words[0]}")
+                self.finish_step(name, f"**{name}:** {text}")
             elif what == "dismiss":
                 self.finish_step(name, self.current.pop(name, ""))
+            elif what == "add" and any(self.start["opening"].values()):
+                self.current[name] = header(name, 1)
         for name, text in record["text"].items():
             self.current[name] = self.current.get(name, "") + text
         for closed in record["closed"]:
             name, moves = closed["worker"], self.start["moves"]
             if moves:
                 self.finish_step(name, closed["text"])
-            self.current[name] = self.current[name] * (not moves) + closed["opened"]
+            self.current[name] = self.current.get(name, "") * (not moves) + closed["opened"]
         self.passes, self.tokens = self.passes + 1, self.tokens + len(record["sampled"])
-        self.recent.append((len(record["sampled"]), record["seconds"]))
         self.seconds, self.view = self.seconds + record["seconds"], record["in_view"]
         now = time.perf_counter()
         if self.live and now >= self.next_refresh:
@@ -114,12 +113,10 @@ class Screen:
         return styled
 
     def figures(self):
-        """The line of figures."""
-        tokens, seconds = (sum(column) for column in zip(*self.recent or [(0, 1)]))
-        per_pass = self.tokens / max(self.passes, 1)
-        return (f"pass {self.passes} · {self.tokens} tokens, {per_pass:.1f} per pass · "
-                f"{tokens / max(seconds, 1e-9):.1f} tokens/s · "
-                f"{self.view:,} of {self.start['context']:,} tokens of context in view")
+        """How far the run is, and how fast."""
+        return (f"{self.passes} passes, {self.tokens} tokens: "
+                f"{self.tokens / max(self.passes, 1):.2f} tokens per pass, "
+                f"{self.tokens / max(self.seconds, 1e-9):.1f} tokens/s")
 
     def tail(self, texts, columns, rows):
         """The end of these texts, as much of it as fits."""
@@ -146,8 +143,9 @@ class Screen:
         past = [self.styled(name, text.strip()) for name, text in self.history[-40:]]
         past = Panel(self.tail(past, width - 4, height - rows - 8), title="past steps")
         problem = Panel(self.tail([Text(self.problem, "bold")], width - 4, 3), title="problem")
+        line = f"{self.figures()} · {self.view:,} of {self.start['context']:,} tokens of context in view"
         picture.split_column(Layout(problem, size=5), Layout(past, visible=self.start["moves"]), below,
-                             Layout(Text(self.figures(), "dim"), size=1))
+                             Layout(Text(line, "dim"), size=1))
         return picture
 
     def finish(self, ending, answer):
@@ -163,9 +161,7 @@ class Screen:
         answer = command.plain(answer) or "(none)"
         how = f"   ({ENDINGS.get(ending, ending)})"
         self.console.print(Text.assemble("\nAnswer: ", (answer, "bold"), how), soft_wrap=True)
-        self.print(f"{self.passes} passes, {self.tokens} tokens: "
-                   f"{self.tokens / max(self.passes, 1):.2f} tokens per pass, "
-                   f"{self.tokens / max(self.seconds, 1e-9):.1f} tokens/s")
+        self.print(self.figures())
 
     def print(self, line):
         """A line of our own, as it is."""
@@ -213,7 +209,7 @@ def main(argv=None):
         for record in (row for row in rows if "fed" in row):
             display.show(record)
             if display.live:
-                time.sleep(record["seconds"])
+                time.sleep(min(max(0, record["seconds"]), 60))
     if show.svg:
         console.export_text()  # what was printed on the way is not in the picture
         console.print(display.frame())

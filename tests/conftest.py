@@ -1,5 +1,6 @@
 """What all tests share: the chapters on the path, one thread, and the real model, loaded once."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 from appendix import models  # noqa: E402
 
+# A shell that runs the tests in the background has switched Ctrl-C off.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # steadier than two on a shared machine, and no slower
 
 

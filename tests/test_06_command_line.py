@@ -151,6 +151,18 @@ def test_sixteen_workers_fit_on_a_narrow_terminal():
     assert all(f"words of {name}" in shown for name in generate.NAMES) and "What is 3 + 4?" in shown
 
 
+def test_who_comes_speaks_or_goes_is_shown():
+    """A newcomer's header, an outsider's words and a last step, as they stand in the cache."""
+    console = Console(file=io.StringIO(), width=80, height=30)
+    start = {"opening": {"Al": "**Al [1]:** "}, "moves": True, "context": 9}
+    display = screen.Screen("solve", start, console=console)
+    record = {"text": {"Bo": "Hi"}, "closed": [], "sampled": {"Bo": 1}, "seconds": 1.0, "in_view": 3}
+    events = [["add", "Bo"], ["say", "Eve", "Mind the units."], ["dismiss", "Al"], ["say"], []]
+    display.show({**record, "events": events})
+    assert display.current == {"Bo": "**Bo [1]:** Hi"}
+    assert "**Eve:** Mind the units." in console.file.getvalue()
+
+
 def test_control_characters_do_not_reach_the_terminal():
     """What a model, a problem or an outsider says cannot command the terminal."""
     console = Console(file=io.StringIO(), width=80, height=30)

@@ -187,7 +187,7 @@ def test_a_gguf_file_is_converted_once(small_gguf, tmp_path, monkeypatch):
     assert len([*stock.parameters()]) == len(SHAPES) and words("ab c").input_ids[0] == 0
     (folder,) = (tmp_path / "cache/hogwild").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(models, "installed", lambda name: pytest.fail("it is converted again"))
+        patch.setattr(models, "find_spec", lambda name: pytest.fail("it is converted again"))
         again, words = models.load(small_gguf)
     assert words("ab c").input_ids[0] == 0 and words.decode(words("ab c").input_ids) == "ab c"
     for model in (first, again):
@@ -197,7 +197,7 @@ def test_a_gguf_file_is_converted_once(small_gguf, tmp_path, monkeypatch):
     small_gguf.write_bytes(small_gguf.read_bytes()[:-4] + b"\0\0\x80\x3f")
     models.load(small_gguf)
     assert len([*folder.parent.iterdir()]) == 2
-    monkeypatch.setattr(models, "installed", lambda name: name != "gguf")
+    monkeypatch.setattr(models, "find_spec", lambda name: name != "gguf")
     small_gguf.write_bytes(small_gguf.read_bytes()[:-4] + b"\0\0\0\0")
     refused("another package: pip install gguf$", models.load, small_gguf)
 
