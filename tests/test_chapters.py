@@ -1,6 +1,6 @@
-"""Every chapter, and what of the appendix is read like one, runs directly, as a reader would run
-it; and the house is
-as small as it says: tokens, lines, columns, and imports that run backwards only."""
+"""Every chapter, and what of the appendix is read like one, runs directly, as a reader would run it; the
+house is as small as it says: tokens, lines, columns, and imports that run backwards only; and what
+tests/mutations.py would change stands where it says."""
 import ast
 import io
 import re
@@ -10,6 +10,7 @@ import tokenize
 
 import pytest
 from conftest import ROOT
+from mutations import MUTATIONS
 
 CHAPTERS = sorted(path.name for path in ROOT.glob("0[0-9]_*.py"))
 APPENDIX = sorted(f"appendix/{path.name}" for path in (ROOT / "appendix").glob("*.py"))
@@ -21,8 +22,7 @@ def test_a_direct_run_ends_well(chapter, tmp_path):
     """From another working directory, within two minutes, with [OK] at the end and nothing on standard
     error."""
     run = subprocess.run([sys.executable, str(ROOT / chapter)], cwd=tmp_path, capture_output=True,
-                         text=True,
-                         timeout=120, check=False)
+                         text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     assert "[OK]" in run.stdout and not run.stderr.strip(), run.stderr
 
@@ -76,3 +76,10 @@ def test_imports_run_backwards():
         assert path not in others
         if path in CHAPTERS:
             assert all(other < path for other in others if other in CHAPTERS), (path, others)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation[0])
+def test_every_mutation_applies(mutation):
+    """What is to be replaced occurs exactly once in the file as it is now."""
+    _, path, old, new, _ = mutation
+    assert (ROOT / path).read_text().count(old) == 1 and old != new
