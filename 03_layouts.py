@@ -34,7 +34,8 @@ shared_cache = import_module("02_shared_cache")
 # --------------------------------------------------------------------------------------- four layouts
 #
 # Each function takes the history (the prompt and, where steps move, all finished steps), a worker's own
-# block, the blocks of the others in order, and {name: block} of separators. It returns a worker's view.
+# block, the blocks of the others in order, and {name: block} of separators. It returns a worker's view,
+# which ends with `own` and has it once: what the worker writes goes to the last block of its view.
 
 
 def contiguous(history, own, others, words):
@@ -64,18 +65,24 @@ class Layout:
 
     view: Callable  # one of the functions above
     moves: bool  # does a finished step move to the end of the history?
-    headers: bool = True  # do the workers' blocks begin with their names?
+    headers: bool = True  # do the workers' blocks begin with their names? Where steps move they must
     words: tuple = ()  # separators, in the order in which they are first seen
 
     def separators(self, workers):
-        """Which separators a team of `workers` has: one who is alone sees no others."""
-        return self.words if workers > 1 else self.words[-1:]
+        """Which separators a team of `workers` has: one who is alone needs none of the others' steps."""
+        return [word for word in self.words if workers > 1 or word not in ("others", "dots")]
 
     def final_view(self, history, own, others, words):
-        """What the early stop reads: everything, whatever the layout hides from its workers."""
-        return (combined if self.words else contiguous)(history, own, others, words)
+        """What the early stop reads: everything, whatever the layout hides from its workers.
+
+        With separators if they are those of the combined layout; others are left out.
+        """
+        known = {"others", "dots", "own"} <= {*self.words}
+        return (combined if known else contiguous)(history, own, others, words)
 
 
+# One more needs words in appendix/protocol.py: in VIEWS what its page looks like (unless it has no
+# headers: then nobody is told of others), and in SEPARATORS the text of each of its `words`.
 LAYOUTS = {
     "combined": Layout(combined, moves=True, words=("others", "dots", "own")),
     "contiguous": Layout(contiguous, moves=False),
@@ -171,6 +178,8 @@ def play(name, passes):
         for block, count, letter in zip(own, pending, "ABC"):
             texts[block] = texts[block].lower() + letter * count
         views = [layout.view(history, block, [b for b in own if b is not block], words) for block in own]
+        # The own block last, and once: chapter 6 refuses other views.
+        assert all(view.index(block) == len(view) - 1 for view, block in zip(views, own)), views
         yield fill_tables(list(zip(views, pending))), texts
         for w, block in enumerate(own):
             finished = layout.moves and block.length >= HEADER + STEPS[w]
@@ -225,6 +234,7 @@ def main():
 
 # Exercises
 # 1. Add a layout in which every worker sees only its left neighbour's unfinished step. What changes?
+#    (Who is left of whom? Workers' blocks lie in the memory in their order: compare `start`.)
 # 2. In `combined`, who moves first when two workers finish a step in the same pass? Do others notice?
 # 3. How many integers do the tables hold for W workers who write one token each? Compare with a mask.
 

@@ -173,7 +173,8 @@ def hook(module, query, key, value, attention_mask, scaling=None, sliding_window
 
 
 def attach(model):
-    """Let `model` attend through the shared cache. Returns the Rope of every layer, checked by `probe`.
+    """Let `model` attend through the shared cache. Returns the Rope of every layer, checked by `probe`
+    the first time; a model that fails is left as it was.
 
     Raises:
         ValueError: this model's positions cannot be moved.
@@ -186,8 +187,14 @@ def attach(model):
     ropes = rope.layer_ropes(config)
     AttentionInterface.register("hogwild", hook)
     AttentionMaskInterface.register("hogwild", lambda *_, **__: None)  # the tables replace all masks
-    model.set_attn_implementation("hogwild")
-    probe(model, ropes)
+    if config._attn_implementation != "hogwild":
+        before = model.config._attn_implementation
+        model.set_attn_implementation("hogwild")
+        try:
+            probe(model, ropes)
+        except ValueError:
+            model.set_attn_implementation(before)
+            raise
     return ropes
 
 

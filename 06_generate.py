@@ -2,9 +2,8 @@ r"""Chapter 6: workers who write at the same time, and decide for themselves how
 
 The problem. Chapters 1 to 5 let several workers of one model read each other's memory while it grows.
 Nothing tells them what to do with that. The paper (sections 3.3, 3.4, appendix C) prescribes no
-strategy: a prompt explains the situation, the text is cut into steps, and now and then somebody is asked
-whether it does redundant work (all these words: appendix/protocol.py). In the combined layout, Alice
-sees:
+strategy: a prompt explains the situation, the text is cut into steps, and somebody is asked at times if
+its work is redundant (all these words: appendix/protocol.py). In the combined layout, Alice sees:
 
     [the prompt] ### Past steps                            the history, one block for everybody
     **Alice [1]:** Let us take one half each.
@@ -81,10 +80,8 @@ class Settings:
 
 
 def best_forward(device, attention="auto"):
-    """How to run a pass: "torch" (chapter 4), "triton" (chapter 5), or "auto", the latter on GPUs.
-
-    Raises ValueError if "triton" was asked for by name and does not work here.
-    """
+    """How to run a pass: "torch" (chapter 4), "triton" (chapter 5; ValueError if it does not work here),
+    or "auto": the latter on GPUs where it works."""
     models.use_device(device)
     if attention == "torch" or (attention == "auto" and torch.device(device).type != "cuda"):
         return query_rotation.forward
@@ -95,20 +92,24 @@ def best_forward(device, attention="auto"):
     except Exception as error:  # of any kind: no Triton, no compiler, a GPU that it does not know
         if attention == "triton":
             raise ValueError(command.first_line(error)) from error
-        reason = command.first_line(error)
-        print(f"attention runs through PyTorch, without the Triton kernel: {reason}", file=sys.stderr)
+        print(f"attention runs without the Triton kernel: {command.first_line(error)}", file=sys.stderr)
         return query_rotation.forward
+
+
+class TooLong(ValueError):
+    """What the workers have to read does not fit into the context, with an answer behind it."""
 
 
 def feed(model, cache, groups, forward=query_rotation.forward):
     """One forward pass for any number of runs.
 
     Args:
-        groups: for each run, its writers: pairs (view, ids); ids are written to the view's last block.
+        groups: for each run, its writers: pairs (view, ids) of a list of Blocks and a list of ints, one
+            at least; ids are written to the view's last block.
     Returns:
-        for each run, the logits [writers, vocabulary] of the writers' last tokens.
+        a tuple: for each run, the logits [writers, vocabulary] of the writers' last tokens.
     Raises:
-        ValueError: the model computes NaN. After any failure the blocks are as long as before.
+        BlockFull: a block lacks room. ValueError: NaN. After any failure, blocks are as long as before.
     """
     writers = [writer for group in groups for writer in group]
     ids = [i for _, ids in writers for i in ids]  # [N]
@@ -138,7 +139,7 @@ class Worker:
 
     @property
     def own_text(self):
-        """What it has written itself in this step."""
+        """What it has written itself in this step: steps end in every layout (all: 07's `written`)."""
         return self.text[self.start:]
 
 
@@ -152,14 +153,14 @@ class Hogwild:
 
     An advance is writers() -> feed -> sample() -> take(); for several runs in one pass, call the parts.
     `passes` has a record per pass, ready for JSON: {"fed": {name: ids}, "sampled": {name: id}, "text":
-    {name: what that adds}, "closed": [finished steps], "events": [who came, left or said something],
-    "in_view": tokens in the longest view, "seconds"}.
+    {name: what that id adds}, "closed": [{"worker", "step": its number, "text", "opened": how the next
+    begins}], "events": [who came, left or said something], "in_view": longest view's tokens, "seconds"}.
 
     Args:
         model, tokenizer: any causal language model of transformers with rotary embeddings (models.load).
         forward: chapter 4's forward or chapter 5's Decoder; cache: one to share with other runs.
     Raises:
-        ValueError: an empty problem, a model that cannot be used, a prompt beyond its context.
+        ValueError: an empty problem; a model, layout or prompt of no use. TooLong: see there.
     """
 
     def __init__(self, model, tokenizer, problem, settings=None, forward=None, cache=None):
@@ -168,22 +169,22 @@ class Hogwild:
         if not self.problem:
             raise ValueError("the problem is empty; give the workers something to solve")
         self.encode, self.decode = partial(models.encode, tokenizer), partial(models.decode, tokenizer)
-        self.layout = layouts.LAYOUTS[self.settings.layout]
+        layout = self.layout = layouts.LAYOUTS[self.settings.layout]
         ropes = query_rotation.attach(model)
         self.cache = shared_cache.SharedCache(ropes) if cache is None else cache
-        told = protocol.instructions(self.problem, self.settings)
-        self.prompt = models.chat(tokenizer, *told) + protocol.PAST_STEPS * self.layout.moves
-        self.finisher = self.encode(protocol.FINISHER)
+        self.template = models.chat(tokenizer, *protocol.instructions(self.settings, layout.headers))
+        self.template += protocol.PAST_STEPS if layout.moves else ""
+        self.prompt = self.template.replace("{problem}", self.problem)
+        self.finisher, self.ends = self.encode(protocol.FINISHER), models.end_ids(model, tokenizer)
         self.given = protocol.boxes(self.prompt)  # whoever repeats one of these has not answered
         self.context = self.settings.context or models.context(model)
-        self.ends = models.end_ids(model, tokenizer)
         self.passes, self.events, self.said = [], [], []  # see there; said: ids that the next pass reads
         self.generated, self.boxed = 0, None  # tokens sampled by all; the answer, once a step gives one
         self.build(*self.openings())
 
     def openings(self):
         """Token ids of the common text, and those with which each worker's block begins."""
-        ids = models.encode_prompt(self.tokenizer, self.prompt, self.problem)
+        ids = models.encode_prompt(self.tokenizer, self.template, self.problem)
         if self.layout.headers:
             return ids, [self.encode("\n\n" + header(name, 1)) for name in self.settings.workers]
         # The logits of the prompt's last token give everybody's first word.
@@ -192,46 +193,47 @@ class Hogwild:
     def build(self, prompt_ids, openings):
         """Reserve memory for what the run is likely to need, and encode the prompt and the separators.
 
-        Headers and checks are less than a quarter of the text. A run that needs more ends with "room".
+        A token per pass and worker; a quarter and 256 for headers and checks; 256 for outsiders' words;
+        a step may be twice as long till a line ends. A run that needs more ends with "room".
         """
         self.sampler = models.Sampler(self.model, self.tokenizer, self.settings, len(prompt_ids))
         passes, longest = self.settings.max_passes, max(map(len, openings))
-        likely = passes + (passes // 4 + 256) * self.layout.headers  # tokens of a worker
-        history = len(prompt_ids) + 256 + likely * len(openings) * self.layout.moves
-        # Kept free in every block, for a header and the early stop:
+        likely = passes + (passes // 4 + 256 if self.layout.headers else 0)  # tokens of a worker
+        history = len(prompt_ids) + 256 + (likely * len(openings) if self.layout.moves else 0)
+        # Kept free in every block, for a header with a check (64 are enough) and the early stop:
         self.reserve = 64 + len(self.finisher) + self.settings.answer_tokens
         own = min(likely, 2 * self.settings.max_step) if self.layout.moves else likely
         self.capacity = min(own + longest + self.reserve, self.context)
         self.history = self.cache.block(min(history, self.context))
         self.ids = {self.history: list(prompt_ids)}  # what every block holds, but separators
-        self.words, self.workers = {}, []
+        self.separators, self.workers = {}, []  # separators: {word: block}
         for name, ids in zip(self.settings.workers, openings):
             self.enlist(name, ids)
         if len(prompt_ids) + sum(map(len, openings)) + self.reserve > self.context:
-            raise ValueError(f"the prompt takes {len(prompt_ids)} tokens, an answer {self.reserve}, and "
-                             f"the context ends at {self.context}: shorten the problem")
+            raise TooLong(f"the prompt takes {len(prompt_ids)} tokens, an answer {self.reserve}, and "
+                          f"the context ends at {self.context}: shorten the problem")
         for i in range(0, len(prompt_ids), 512):  # in pieces, as scores take tokens x context numbers
             feed(self.model, self.cache, [[([self.history], prompt_ids[i:i + 512])]], self.forward)
-        self.encode_words()
+        self.encode_separators()
         if self.ending in ("context", "room"):
-            raise ValueError(f"the prompt leaves no room in {self.context} tokens: shorten the problem")
+            raise TooLong(f"the prompt leaves no room in {self.context} tokens: shorten the problem")
 
     def enlist(self, name, ids):
-        """Make a worker whose block opens with `ids`. (The end of a prompt is nobody's text.)"""
-        block, ids = self.cache.block(self.capacity), ids * self.layout.headers or ids
-        text = self.decode(ids) if self.layout.headers else ""
-        self.workers.append(Worker(name, block, ids, list(ids) * self.layout.headers, text, len(text)))
+        """Make a worker whose block opens with `ids`. (Without headers, they are nobody's text.)"""
+        block, step = self.cache.block(self.capacity), ids if self.layout.headers else []
+        text = self.decode(step)
+        self.workers.append(Worker(name, block, ids, step, text, len(text)))
         self.ids[block] = []
 
-    def encode_words(self):
+    def encode_separators(self):
         """Encode the separators that the team lacks; each sees those that stand before it."""
-        missing = [name for name in self.layout.separators(len(self.workers)) if name not in self.words]
         before, writers = [self.history], []
-        for name in missing:
-            ids = self.encode(SEPARATORS[name])
-            self.words[name] = self.cache.block(len(ids))
-            before = [*before, self.words[name]]
-            writers.append((before, ids))
+        for word in self.layout.separators(len(self.workers)):
+            if word not in self.separators:
+                ids = self.encode(SEPARATORS[word])
+                self.separators[word] = self.cache.block(len(ids))
+                before = [*before, self.separators[word]]
+                writers.append((before, ids))
         if writers:
             feed(self.model, self.cache, [writers], self.forward)
 
@@ -241,7 +243,11 @@ class Hogwild:
         """The blocks that worker w sees, its own last (chapter 3); `final`: in the early stop's view."""
         others = [other.block for other in self.workers if other is not w]
         lay_out = self.layout.final_view if final else self.layout.view
-        return lay_out(self.history, w.block, others, self.words)
+        view = lay_out(self.history, w.block, others, self.separators)
+        if w.block not in view[-1:] or view.count(w.block) > 1:  # tokens go to the last block
+            raise ValueError(f"a view of the layout {self.settings.layout!r} has to end with its "
+                             "worker's own block, and to have it only once")
+        return view
 
     def next_writers(self):
         """The workers who write in the coming pass."""
@@ -255,9 +261,12 @@ class Hogwild:
     def advance(self, tokens=None):
         """One forward pass; every worker writes one token. Returns (and keeps) its record.
 
-        tokens: what the workers write, in their order, instead of what the model would pick.
+        Whether the run is over (`ending`) is the caller's to ask, before. tokens: ids to write instead
+        of what the model would pick, one for each of next_writers(), or else a ValueError.
         """
-        start = time.perf_counter()
+        start, writing = time.perf_counter(), len(self.next_writers())
+        if tokens is not None and len(tokens) != writing:
+            raise ValueError(f"{writing} workers write; give a token for each, not {len(tokens)}")
         with self.cache.rewound(only_on_error=True):
             logits, = feed(self.model, self.cache, [self.writers()], self.forward)
             tokens = self.sample(logits) if tokens is None else tokens
@@ -266,12 +275,11 @@ class Hogwild:
         return record
 
     def sample(self, logits):
-        """Pick a token per writing worker from logits [writers, vocabulary], the way the model asks for.
-
-        What is drawn depends on the seed, the worker's name and the number of the pass alone.
-        """
+        """A token for each of next_writers(), from logits [writers, vocabulary], as the model asks for.
+        What is drawn depends on the seed, the worker's name and the number of the pass alone."""
         writing, seed = self.next_writers(), self.settings.seed
         draws = [random.Random(f"{seed} {w.name} {len(self.passes)}").random() for w in writing]
+        # Some models do not want to repeat themselves: their penalties look at all ids in a view.
         return self.sampler.pick(logits[:len(writing)], draws, lambda row: sum(
             (self.ids.get(b, []) for b in self.view(writing[row])), []) + writing[row].pending)
 
@@ -303,22 +311,20 @@ class Hogwild:
 
     def is_over(self, w):
         """Does w's step end here? By its text, or as it is too long and a line ends, or its room."""
-        if step_ended(w.own_text) or not self.layout.moves:
-            return step_ended(w.own_text)
         line_end = w.own_text.rstrip(" \t").endswith("\n") and not protocol.fence_open(w.own_text)
-        return (w.block.length + 1 >= self.settings.max_step and line_end
-                or w.block.length + 2 + self.reserve > w.block.capacity)
+        long = w.block.length + 1 >= self.settings.max_step and line_end
+        full = w.block.length + 2 + self.reserve > w.block.capacity  # 2: this token, and one more
+        return step_ended(w.own_text) or (self.layout.moves and (long or full))
 
     def close_step(self, w):
         """Move w's block to the history, and open the next step. Returns what the record says of it.
 
-        Bob's block holds `**Bob [1]:** It is 5.`; the token he samples now completes a blank line. It
-        has not been fed, so it comes first in the new block: pending are that token and `**Bob [2]:** `,
-        which the next pass feeds while everybody else feeds one token. A header opens a paragraph,
-        whatever the token was.
+        Bob's block holds `**Bob [1]:** It is 5.`; the token he samples now completes a blank line. It is
+        not fed yet, so it comes first in the new block, before `**Bob [2]:** `: the next pass feeds all
+        that, and a token of everybody else. A header opens a paragraph, whatever the token was.
         """
         closed = {"worker": w.name, "step": w.step, "text": self.decode(w.ids[:-1])}
-        opening = CHECK * (w.checks_due > 0)
+        opening = CHECK if w.checks_due else ""
         w.checks_due, w.step = max(0, w.checks_due - 1), w.step + 1
         if self.layout.moves:
             self.to_history(w)
@@ -335,28 +341,26 @@ class Hogwild:
         """Once every `check_every` generated tokens, somebody is asked as it opens its next step."""
         every, before = self.settings.check_every, self.generated
         self.generated += len(writing)
-        asked = [w for w in writing if not w.finished] if every and self.layout.headers else []
-        for number in range(before // every, self.generated // every) if asked else ():
-            random.Random(f"{self.settings.seed} check {number}").choice(asked).checks_due += 1
+        asked = [w for w in writing if not w.finished]
+        if every and asked and self.layout.headers:  # (every 0: never)
+            for number in range(before // every, self.generated // every):
+                random.Random(f"{self.settings.seed} check {number}").choice(asked).checks_due += 1
 
     def boxed_by(self, w, answer):
-        """Worker w has finished a step that gives this answer."""
+        """Worker w has finished a step that gives this answer. (The next one has begun, if any.)"""
         self.boxed = answer if self.boxed is None else self.boxed
 
     def to_history(self, w):
         """Move the step that worker w has finished to the end of the history."""
         self.cache.move(w.block, self.history)
-        self.ids[self.history] += self.ids[w.block]
-        self.ids[w.block] = []
+        self.ids[self.history], self.ids[w.block] = self.ids[self.history] + self.ids[w.block], []
 
     # -- the end ------------------------------------------------------------------------------------
 
     @property
     def ending(self):
-        """Why the run is over: "answer", "end of text", "passes", "context", "room"; None: it is not.
-
-        "context" and "room" come while there is still enough of both for one more pass and an answer.
-        """
+        """Why the run is over: "answer", "end of text", "passes", or "context", "room" (there is still
+        enough of both then for one more pass and an answer); None: it is not."""
         if self.boxed is not None:
             return "answer"
         if not self.next_writers():
@@ -369,30 +373,28 @@ class Hogwild:
         if seen + sum(len(ids) for _, ids in writers) + coming > self.context:
             return "context"
         lengths = {w.block: w.block.length + len(w.pending) for w in self.workers}  # after this pass
-        # Should all steps end in it, the history takes them all.
-        history = self.history.length + len(self.said) + sum(lengths.values()) * self.layout.moves
+        steps = sum(lengths.values()) if self.layout.moves else 0  # should all of them end in it
         full = any(length + coming > block.capacity for block, length in lengths.items())
-        return "room" if full or history > self.history.capacity else None
+        full |= self.history.length + len(self.said) + steps > self.history.capacity
+        return "room" if full else None
 
     def written_answer(self):
         """The answer that was written in time, in a finished step or else an unfinished one, or None."""
-        if self.boxed is not None:
-            return self.boxed
-        return next(filter(None, (find_boxed(w.own_text, self.given) for w in self.workers)), None)
+        unfinished = (find_boxed(w.own_text, self.given) for w in self.workers)
+        return self.boxed or next(filter(None, unfinished), None)
 
     def answer(self):
         """The answer now (early stop; paper, section 4.1 and appendix C).
 
-        What a worker has boxed; or else the last worker, who sees everything, is made to say it: the
-        finisher is appended to its block, at most `answer_tokens` are decoded greedily, and the blocks
-        are cut back. Nothing is encoded twice, and the run does not notice.
+        What a worker has boxed; or else the last worker, who for this once sees everything (final_view),
+        is made to say it: its block gets the finisher, at most `answer_tokens` are decoded greedily, and
+        the blocks are cut back. Nothing is encoded twice, and the run does not notice.
         """
-        written = self.written_answer()
-        if written is not None:
+        if (written := self.written_answer()) is not None:
             return written
         *others, last = self.workers
         view, ids = self.view(last, final=True), []
-        writers = [(self.view(w), w.pending) for w in others if w.pending]
+        writers = [(self.view(w), w.pending) for w in others if w.pending]  # none: its text has ended
         writers.append((view, last.pending + self.finisher))
         with self.cache.rewound():
             for _ in range(self.settings.answer_tokens):
@@ -420,8 +422,7 @@ def main(argv=None):
         model, tokenizer = models.prepared(options)
         run = Hogwild(model, tokenizer, problem, settings, best_forward(model.device, options.attention))
         run = import_module("appendix.recording").resumed(run, trace)
-        display = screen.Screen(problem, trace.rows[0], show.plain)
-        with display, screen.Stopping() as stopping:
+        with screen.Screen(problem, trace.rows[0], show.plain) as display, screen.Stopping() as stopping:
             for record in run.passes:
                 display.show(record)
             while run.ending is None and not stopping.asked:
@@ -441,8 +442,7 @@ def main(argv=None):
 
 
 # Exercises
-# 1. Let Alice and Bob speak different languages: a prompt file and --prompt. Do they still build on each
-#    other's steps?
+# 1. Let Alice and Bob speak different languages (--prompt FILE). Does one build on the other's steps?
 # 2. Run the same problem with --layout independent and combined, same seed. Where do the texts part?
 # 3. Ask for the answer every 32 passes, in a loop of your own. Does the run go on as if you had not?
 

@@ -25,7 +25,9 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
+from traceback import extract_tb
 
 import numpy as np
 import torch
@@ -47,13 +49,19 @@ def evaluate(runs, golds, budgets, early_stop=True):
     What that takes counts for nobody: neither as passes (paper, section 4.1) nor as seconds.
 
     Args:
-        runs: an iterator, usually over one run; golds: the right answers; budgets: increasing.
+        runs: an iterator, usually over one run.
+        golds: the right answers, a list of texts: one, or as many as the problem has parts.
+        budgets: increasing numbers of passes, a list of ints.
         early_stop: ask for an answer; or else only what was written in time counts.
+    Returns:
+        "answers": {a budget, as a text: {"answer": text or None, "score": 0 to 1, "understood": bool,
+        "passes", "seconds"}}; "passes", "tokens", "seconds" of all runs; "ending" of the last one;
+        "step_ends": [(pass, worker)]; "text": [all that a worker has written], run after run.
     """
     answers, step_ends, texts = {}, [], []
     passes, tokens, seconds = 0, 0, 0.0
 
-    def asked():
+    def asked(run):
         answer = run.answer() if early_stop else run.written_answer()
         score, understood = tasks.grade(answer, golds)
         return {"answer": answer, "score": score, "understood": understood, "passes": passes,
@@ -69,21 +77,22 @@ def evaluate(runs, golds, budgets, early_stop=True):
                 seconds += record["seconds"]
                 step_ends += [(passes, closed["worker"]) for closed in record["closed"]]
                 if passes in budgets:
-                    answers[str(passes)] = asked()
+                    answers[str(passes)] = asked(run)
         if stopping.asked:
             raise KeyboardInterrupt
         ending, texts = run.ending or "passes", texts + written(run)
         try:
             coming = next(runs, None) if passes < budgets[-1] else None
-        except ValueError:  # what the next one would have to read is longer than the model's context
+        except generate.TooLong:  # more than the model's context is what the next one would read
             coming, ending = None, "context"
-    answers.update({str(budget): asked() for budget in budgets if budget > passes})
+    answers.update({str(budget): asked(run) for budget in budgets if budget > passes})
     return {"answers": answers, "passes": passes, "tokens": tokens, "ending": ending,
             "step_ends": step_ends, "seconds": seconds, "text": texts}
 
 
 def written(run):
-    """Per worker, all that it has written: its finished steps, and the unfinished one."""
+    """Per worker, all that it has written: its finished steps, and the unfinished one. Headers and
+    checks are in it, as they are in the steps."""
     closed = [step for record in run.passes for step in record["closed"]]
     return ["".join(step["text"] for step in closed if step["worker"] == w.name) + w.text
             for w in run.workers]
@@ -91,8 +100,8 @@ def written(run):
 
 # ---------------------------------------------------------------------------------------------- methods
 
-# One writer may end its text and write headings; there are no steps to keep apart.
-SOLO = {"layout": "independent", "forbid": [], "forbid_special": False, "check_every": 0}
+# Who sees nobody may end its text and write headings: there are no others' steps to keep apart from.
+SOLO = {"layout": "independent", "forbid": [], "forbid_special": False}
 
 
 class Reencode(Hogwild):
@@ -124,8 +133,11 @@ class Stage(Hogwild):
     """Writers who do not see each other, each with a prompt of its own.
 
     Args:
-        prompts: per writer (what the user says, how the reply begins): what stands before its own words.
+        arguments: chapter 6's, with the settings of SOLO; its problem is told to nobody.
+        prompts: per worker (what the user says, how the reply begins): what stands before its own words.
         at_once: so many write in a pass, taking turns. None: all.
+    Raises:
+        ValueError: the layout has headers, or there are more or fewer workers than prompts.
     """
 
     def __init__(self, *arguments, prompts, at_once=None):
@@ -135,8 +147,13 @@ class Stage(Hogwild):
     def openings(self):
         """What all prompts have in common is encoded once; the rest opens each writer's block, with one
         token at least."""
-        ids = [models.encode_prompt(self.tokenizer, models.chat(self.tokenizer, "", task), task)
-               + self.encode(begun) for task, begun in self.prompts]
+        if self.layout.headers or len(self.prompts) != len(self.settings.workers):
+            raise ValueError(f"a Stage has SOLO's settings and a prompt per worker, not the layout "
+                             f"{self.settings.layout!r} and {len(self.prompts)} prompts for "
+                             f"{len(self.settings.workers)} workers")
+        chat = models.chat(self.tokenizer, "", "{problem}")
+        ids = [models.encode_prompt(self.tokenizer, chat, task) + self.encode(begun)
+               for task, begun in self.prompts]
         common = os.path.commonprefix([one[:-1] for one in ids])
         return common, [one[len(common):] for one in ids]
 
@@ -170,21 +187,27 @@ def skeleton(start, problem, at_once):
     """Skeleton-of-Thought (paper, section 4.1 and appendix D.2): a generator of runs, each of which
     reads what the one before it has written.
 
-    start: makes a run of a class, from prompts.
+    start: see runs_of. at_once: so many of the points are worked on in a pass; None: all.
     """
-    outline = start(Stage, [(OUTLINE.format(problem=problem), "1.")], max_passes=128)
+    prompts = [(OUTLINE.format(problem=problem), "1.")]
+    outline = start(partial(Stage, prompts=prompts), 1, max_passes=128)
     yield outline
     plan = "1. " + written(outline)[0].strip()
     points = (re.findall(r"^\s*\d+[.)]\s*(\S.*)$", plan, re.MULTILINE) or [plan])[:10]
-    threads = start(Threads, [(POINT.format(problem=problem, outline=plan, number=k), f"{k}. {point}")
-                              for k, point in enumerate(points, 1)], at_once)
+    prompts = [(POINT.format(problem=problem, outline=plan, number=k), f"{k}. {point}")
+               for k, point in enumerate(points, 1)]
+    threads = start(partial(Threads, prompts=prompts, at_once=at_once), len(points))
     yield threads
-    texts = zip(threads.prompts, written(threads))
-    read = "".join(f"{begun} {text.strip()}\n\n" for (_, begun), text in texts)
-    yield start(Stage, [(protocol.SOLO.replace("{problem}", problem), read)])
+    read = "".join(f"{begun} {text.strip()}\n\n" for (_, begun), text in zip(prompts, written(threads)))
+    # `replace` and not `format`: the prompt has other braces.
+    prompts = [(protocol.SOLO.replace("{problem}", problem), read)]
+    yield start(partial(Stage, prompts=prompts), 1)
 
 
-METHODS = {  # name -> (what runs it, settings that differ, workers unless the name says otherwise)
+# name -> (what runs it, settings that differ, workers unless the name says otherwise). What runs it is a
+# class, for one run; or a function like `skeleton`, which is called with (start, problem, workers) and
+# yields runs. Results are found again by these names: whoever changes a method takes another --out.
+METHODS = {
     "hogwild": (Hogwild, {}, 2), "contiguous": (Hogwild, {"layout": "contiguous"}, 2),
     "interleaved": (Hogwild, {"layout": "interleaved"}, 2), "no-check": (Hogwild, {"check_every": 0}, 2),
     "re-encode": (Reencode, {}, 2), "baseline": (Hogwild, SOLO, 1), "no-early-stop": (Hogwild, SOLO, 1),
@@ -210,14 +233,14 @@ def runs_of(spec, model, tokenizer, problem, settings, forward=None):
     """The runs of a method on a problem, one after the other (usually there is one). The method changes
     those of `settings` (chapter 6) that are its own."""
     _, kind, differs, workers = method(spec)
-    settings = replace(settings, workers=protocol.NAMES[:workers or 1], **differs)
 
-    def start(kind, prompts, at_once=None, **others):
-        some = replace(settings, workers=protocol.NAMES[:len(prompts)], **others)
-        return kind(model, tokenizer, problem, some, forward, prompts=prompts, at_once=at_once)
-    if kind is skeleton:
-        return skeleton(start, problem, workers)
-    return iter([kind(model, tokenizer, problem, settings, forward)])
+    def start(loop, workers, **others):
+        """A run of a class (or of partial(a class, arguments of its own)), with other settings."""
+        some = replace(settings, workers=protocol.NAMES[:workers], **{**differs, **others})
+        return loop(model, tokenizer, problem, some, forward)
+    if isinstance(kind, type):
+        return iter([start(kind, workers)])
+    return kind(start, problem, workers)
 
 
 # ------------------------------------------------------------------------------------------- statistics
@@ -252,7 +275,7 @@ def figures(rows, budgets):
     return {"runs": len(rows), "count": len(scores), "scores": scores, "accuracy": scores.mean(0),
             "seconds": column("seconds").sum(0) / max(1, len(final)), "none": len(final) - len(given),
             "not_understood": given.count(False), "faults": len(rows) - len(final),
-            "context": sum(row["ending"] == "context" for row in rows),
+            "context": sum(row["ending"] in ("context", "room") for row in rows),
             "passes_to_right": first.mean() if len(first) else None}
 
 
@@ -263,7 +286,7 @@ def report(header, rows, png=None):
 
 # ------------------------------------------------------------------------------------------ processes
 
-SHARED = ["greedy", "check_every", "answer_tokens", "context"]  # chapter 6's settings, the same for all
+COMMON = ["greedy", "check_every", "answer_tokens", "context"]  # chapter 6's settings, the same for all
 
 
 def run_missing(what, header, problems, wanted):
@@ -274,14 +297,14 @@ def run_missing(what, header, problems, wanted):
     writes.
     """
     rank, count = (int(os.environ.get(*name)) for name in (("RANK", 0), ("WORLD_SIZE", 1)))
-    share = 1 if what.tensor_parallel else count
-    mine = None if rank and share == 1 else what.out + f".rank{rank}-of-{count}" * (rank > 0)
+    shares = 1 if what.tensor_parallel else count  # the runs are divided into so many
+    file = what.out if rank == 0 else f"{what.out}.rank{rank}-of-{count}" if shares > 1 else None
     team = None
     if count > 1:
         from accelerate import PartialState
         # Whoever is ready first waits for the others, however long they take.
         team = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
-    with journal.Journal(mine, "evaluation", header, ROW, durable=True) as results:
+    with journal.Journal(file, "evaluation", header, ROW, durable=True) as results:
         def found():
             return one_each([*read(files_of(what.out), header)[1], *results.rows])
         done = {key_of(row) for row in found() if not row["error"]}
@@ -293,7 +316,7 @@ def run_missing(what, header, problems, wanted):
             team.wait_for_everyone()
         if todo:
             with Progress(disable=rank > 0) as bar:
-                run_all(todo[rank % share::share], what, team, problems, results, bar)
+                run_all(todo[rank % shares::shares], what, team, problems, results, bar)
         if team:
             team.wait_for_everyone()
             torch.distributed.destroy_process_group()
@@ -305,8 +328,8 @@ def run_all(todo, what, team, problems, results, bar):
     model, tokenizer = models.prepared(what, team)
     forward, faults = generate.best_forward(model.device, what.attention), 0
     for spec, number, seed in bar.track(todo):
-        mine = [row for row in one_each(results.rows) if row["method"] == spec]
-        so_far = f"{figures(mine, what.budgets)['accuracy'][-1]:.0%} right so far" if mine else "starts"
+        past = [row for row in one_each(results.rows) if row["method"] == spec]
+        so_far = f"{figures(past, what.budgets)['accuracy'][-1]:.0%} right so far" if past else "starts"
         bar.update(bar.task_ids[0], description=f"{spec}: {so_far}")
         row = {"method": spec, "problem": number, "seed": seed, "error": None}
         try:
@@ -315,7 +338,9 @@ def run_all(todo, what, team, problems, results, bar):
             row |= evaluate(runs, answers, what.budgets, spec != "no-early-stop")
             faults = 0
         except Exception as error:  # whatever it is: one problem of a thousand
-            row |= {"error": f"{type(error).__name__}: {error}", "ending": "fault", "text": [],
+            place = extract_tb(error.__traceback__)[-1]
+            row |= {"error": f"{type(error).__name__} ({place.name}:{place.lineno}): {error}",
+                    "ending": "fault", "text": [],
                     "answers": {str(budget): NOTHING for budget in what.budgets}}
             faults += 1
         results.add(row)
@@ -357,8 +382,8 @@ class Evaluation(models.Options):
 
     def settings(self, seed):
         """Chapter 6's, as far as methods have them in common."""
-        shared = {name: getattr(self, name) for name in SHARED}
-        return generate.Settings(seed=seed, max_passes=self.budgets[-1], **shared)
+        common = {name: getattr(self, name) for name in COMMON}
+        return generate.Settings(seed=seed, max_passes=self.budgets[-1], **common)
 
 
 def main(argv=None):
@@ -380,7 +405,7 @@ def main(argv=None):
     usual = 3 if what.task == "own" and not what.data else None
     problems = tasks.load(what.task, what.data)[:what.limit or usual]
     what.answer_tokens = what.answer_tokens or tasks.TASKS[what.task].answer_tokens
-    header = {name: getattr(what, name) for name in ["dtype", "task", "data", "budgets", *SHARED]}
+    header = {name: getattr(what, name) for name in ["dtype", "task", "data", "budgets", *COMMON]}
     header["model"] = what.model or models.BUNDLED
     header["data"] = what.data and tasks.label(what.data)
     list(map(what.settings, what.seeds))  # says what is wrong with one of them

@@ -42,8 +42,8 @@ def relative_passes(budgets, accuracy, baseline):
 SECOND = """
 At the largest budget: difference from the baseline on the same problems (95 % interval); passes to the
 accuracy that both reach, as a multiple of the baseline's; mean passes to a right answer, of the runs
-that gave one; runs without an answer, with one that was not understood, that failed, that the context
-ended:
+that gave one; runs without an answer, with one that was not understood, that failed, that ended because
+the context or the memory was full:
 """
 
 

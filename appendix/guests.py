@@ -28,7 +28,7 @@ def add(run, name):
     check_name(name, [w.name for w in run.workers])
     opening = run.encode("\n\n" + header(name, 1)) if run.layout.headers else run.openings()[1][0]
     run.enlist(name, opening)
-    run.encode_words()
+    run.encode_separators()
     run.events.append(["add", name])
 
 

@@ -332,12 +332,15 @@ def encode(tokenizer, text):
 
 
 def encode_prompt(tokenizer, prompt, problem):
-    """Token ids of a prompt: special tokens are those of the chat format, never those of the problem."""
+    """Token ids of a prompt with the problem in the place of each {problem}.
+
+    Special tokens are those of the prompt (its chat format's), never those of the problem.
+    """
     special = tokenizer.chat_template is None  # then the tokenizer adds what begins a text
     if not any(token in problem for token in tokenizer.get_added_vocab()):
-        return tokenizer(prompt, add_special_tokens=special).input_ids
+        return tokenizer(prompt.replace("{problem}", problem), add_special_tokens=special).input_ids
     first, *others = (tokenizer(part, add_special_tokens=False).input_ids
-                      for part in prompt.split(problem))
+                      for part in prompt.split("{problem}"))
     start = tokenizer("", add_special_tokens=special).input_ids
     return start + first + [i for part in others for i in [*encode(tokenizer, problem), *part]]
 

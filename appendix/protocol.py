@@ -78,20 +78,27 @@ def check_name(name, others):
         raise ValueError(f"two workers are called {name!r}; each needs a name of its own")
 
 
-def instructions(problem, settings):
-    """What the workers are told: (system message, user's message).
+def instructions(settings, headers=True):
+    """What the workers are told: (system message, user's message), with {problem} for the problem.
 
-    settings.prompt: another prompt than ours, a text with {problem} in it; above a line `---` stands the
-    system message. {names}, {count}, {example} (somebody's name) and {view} are filled in, too.
+    Args:
+        settings: its `prompt` is another one than ours, a text with {problem} in it; above a line `---`
+            stands the system message. {names}, {count}, {example} (somebody's name) and {view} are
+            filled in.
+        headers: do the workers' blocks begin with their names? If not, ours speaks to one alone.
+    Raises:
+        ValueError: the prompt says {view}, and VIEWS has no words for the layout.
     """
     names, layout = settings.workers, settings.layout
-    template = settings.prompt or (SOLO if layout == "independent" else PROMPT)
-    rules, _, task = (part.strip() for part in template.rpartition("\n---\n"))
+    text = settings.prompt or (PROMPT if headers else SOLO)
+    if "{view}" in text and layout not in VIEWS:
+        raise ValueError(f"the prompt has {{view}} in it, and appendix/protocol.py, VIEWS, does not say "
+                         f"what a page of the layout {layout!r} looks like")
     listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-    fill = {"names": listed, "count": str(len(names)), "example": names[0],
-            "view": VIEWS.get(layout, ""), "problem": problem}  # last: its braces are its own
-    for key, value in fill.items():
-        rules, task = (text.replace("{" + key + "}", value) for text in (rules, task))
+    for key, value in {"names": listed, "count": str(len(names)), "example": names[0],
+                       "view": VIEWS.get(layout, "")}.items():
+        text = text.replace("{" + key + "}", value)
+    rules, _, task = (part.strip() for part in text.rpartition("\n---\n"))
     return rules, task
 
 

@@ -28,7 +28,8 @@ def one_each(rows):
 
 def files_of(path):
     """The files of an evaluation: the one of that name, and those of other processes beside it."""
-    return [path] * os.path.exists(path) + sorted(glob.glob(f"{glob.escape(path)}.rank*-of-*"))
+    others = sorted(glob.glob(f"{glob.escape(path)}.rank*-of-*"))
+    return [path, *others] if os.path.exists(path) else others
 
 
 def read(files, header=None):

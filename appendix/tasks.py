@@ -74,9 +74,8 @@ def load(name, data=None):
                          f"{len(rows)}")
     rows = random.Random(0).sample(rows, len(rows))
     groups = [rows[i:i + size] for i in range(0, len(rows) - size + 1, size)][:SAMPLES]
-    numbered = [[f" {k}. {question}" for k, (question, _) in enumerate(group, 1)] for group in groups]
-    return [{"question": FIVE + "\n".join(lines), "answers": [answer for _, answer in group]}
-            for lines, group in zip(numbered, groups)]
+    return [{"question": FIVE + "\n".join(f" {k}. {asked}" for k, (asked, _) in enumerate(group, 1)),
+             "answers": [answer for _, answer in group]} for group in groups]
 
 
 def clean(answer):

@@ -100,7 +100,7 @@ LEAVES = [
 ]
 SEEN, GENERATED = tests("06_words", "everybody_sees"), "06_generate"
 PROTOCOL = [
-    ("a check in every step", LOOP, "CHECK * (w.checks_due > 0)", "CHECK", SEEN),
+    ("a check in every step", LOOP, 'CHECK if w.checks_due else ""', "CHECK", SEEN),
     ("checks go to the first worker", LOOP,
      'random.Random(f"{self.settings.seed} check {number}").choice(asked)', "asked[0]", SEEN),
     ("(others) and (own) are exchanged", WORDS,
@@ -177,8 +177,8 @@ EVALUATE = [
     ("a box of any list order", TASKS, "for gold, mine, part in zip(golds, understood, given)]",
      "for gold, mine, part in zip(sorted(golds), understood, given)]", [GRADING, "-k", "list"]),
     ("asking counts as passes", EVALUATION,
-     "                    answers[str(passes)] = asked()",
-     "                    answers[str(passes)], passes = asked(), passes + 1",
+     "                    answers[str(passes)] = asked(run)",
+     "                    answers[str(passes)], passes = asked(run), passes + 1",
      [EVAL, "-k", "one_run_answers"]),
     ("an unpaired difference", CURVES, "pairs = np.subtract(scores, baseline)",
      "pairs = np.subtract(scores, np.sort(baseline))", [EVAL, "-k", "differences"]),

@@ -312,12 +312,17 @@ def test_models_that_would_be_answered_wrongly_are_refused():
                (falcon, "does not attend"), (Gemma2Config(**TINY, head_dim=16), "softcap"),
                (LlamaConfig(**{**TINY, "num_hidden_layers": 0}), "no layers")]
     for config, word in refused:
-        with pytest.raises(ValueError, match=word) as refusal:
-            attend.attach(AutoModelForCausalLM.from_config(config).eval())
-        assert "\n" not in str(refusal.value)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        before = model.config._attn_implementation
+        for _ in range(2):  # the second time, too: a model that fails is left as it was
+            with pytest.raises(ValueError, match=word) as refusal:
+                attend.attach(model)
+            assert "\n" not in str(refusal.value) and model.config._attn_implementation == before
     quarter = GPTNeoXConfig(**small, hidden_size=64, intermediate_size=64, num_attention_heads=4)
     model = AutoModelForCausalLM.from_config(quarter).eval()
     assert len(attend.attach(model)) == 2  # a quarter of each head rotates: fine
+    model.forward = None
+    assert len(attend.attach(model)) == 2  # and it is not tried again
 
 
 def test_an_attached_model_explains_itself():

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -153,6 +154,9 @@ def test_a_fault_is_recorded_and_the_rest_goes_on(without_loading, tmp_path, mon
     assert "[OK]" not in said.out and said.err.count("\n") == 1
     rows = lines_of(path)
     assert len(rows) == 16 and sum("broken on purpose" in (row["error"] or "") for row in rows) == 4
+    # It says where, too: the function and the line.
+    errors = [row["error"] for row in rows if row["error"]]
+    assert all(re.fullmatch(r"RuntimeError \(fail:\d+\): broken on purpose", one) for one in errors)
     assert png.stat().st_size > 10_000
     assert call(["--report", str(path), str(path)]) == 0
     said = capsys.readouterr().out

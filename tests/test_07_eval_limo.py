@@ -175,10 +175,11 @@ def test_the_points_of_a_plan(toy, plan, points):
     class Written:
         passes, workers = [], [type("Worker", (), {"name": "A", "text": plan[2:]})]
     asked = []
-    stages = evaluation.skeleton(lambda *given, **_: asked.append(given) or Written, QUESTION, None)
+    stages = evaluation.skeleton(lambda loop, *_, **__: (
+        asked.append(loop.keywords["prompts"]) or Written), QUESTION, None)
     next(stages), next(stages)
-    assert [begun for _, begun in asked[1][1]] == points and "\n" + plan[:2] + " " in asked[1][1][0][0]
-    assert all(f"on point {k} and" in told for k, (told, _) in enumerate(asked[1][1], 1))
+    assert [begun for _, begun in asked[1]] == points and "\n" + plan[:2] + " " in asked[1][0][0]
+    assert all(f"on point {k} and" in told for k, (told, _) in enumerate(asked[1], 1))
 
 
 def test_words_of_a_model_are_no_special_tokens(toy):
@@ -196,7 +197,7 @@ def test_a_stage_beyond_the_context_ends_the_method(toy):
 
     def stages():
         yield run
-        raise ValueError("the prompt is too long")
+        raise generate.TooLong("the prompt is too long")
     result = evaluation.evaluate(stages(), ["7"], [2, 9])
     assert result["ending"] == "context" and result["passes"] == 4
     assert result["answers"]["9"] == {**result["answers"]["9"], "answer": run.answer(), "passes": 4}
@@ -228,8 +229,8 @@ def test_every_method_is_what_it_says(toy):
     expected = {"hogwild:3": ("combined", 3, 128), "hogwild:1": ("combined", 1, 128),
                 "contiguous": ("contiguous", 2, 128), "interleaved:4": ("interleaved", 4, 128),
                 "no-check": ("combined", 2, 0), "re-encode:16": ("combined", 16, 128),
-                "baseline": ("independent", 1, 0), "no-early-stop": ("independent", 1, 0),
-                "self-consistency:5": ("independent", 5, 0)}
+                "baseline": ("independent", 1, 128), "no-early-stop": ("independent", 1, 128),
+                "self-consistency:5": ("independent", 5, 128)}
     for spec, what in expected.items():
         run, = start(spec, toy, max_passes=4, check_every=128)
         assert (run.settings.layout, len(run.workers), run.settings.check_every) == what, spec
@@ -349,14 +350,13 @@ def test_the_figures_of_the_report():
 
 
 def test_what_is_counted_of_answers():
-    """None, not understood, ended by the context; several seeds of a problem are one problem,
-    averaged."""
+    """None, not understood, ended by context or memory; seeds of a problem are one, averaged."""
     some = [result("hogwild:2", 0, (0, 0), ending="context"), result("hogwild:2", 0, (1, 1), seed=1),
-            result("hogwild:2", 1, (0, 0)), result("hogwild:2", 1, (0, 0), seed=1)]
+            result("hogwild:2", 1, (0, 0), ending="room"), result("hogwild:2", 1, (0, 0), seed=1)]
     some[0]["answers"]["20"]["answer"] = " "
     some[2]["answers"]["20"]["understood"] = False
     row = evaluation.summary(some, [10, 20])["hogwild:2"]
-    assert (row["none"], row["not_understood"], row["context"], row["faults"]) == (1, 1, 1, 0)
+    assert (row["none"], row["not_understood"], row["context"], row["faults"]) == (1, 1, 2, 0)
     assert row["count"] == 2 and list(row["accuracy"]) == [0.25, 0.25] and row["passes_to_right"] == 10
     assert [list(column) for column in row["scores"]] == [[0.5, 0.5], [0, 0]]
     nothing = evaluation.summary([result("baseline", 0, None)], [10, 20])["baseline"]

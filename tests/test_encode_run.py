@@ -23,8 +23,8 @@ def rows_of(run):
     """How many rows a recording has in which nobody came or left, by counting steps and separators."""
     steps = sum(len(record["closed"]) for record in run.passes[:-1]) if run.layout.moves else 0
     workers = len(run.workers) if run.passes else 0  # a step that nobody has seen has no row
-    dots = max(0, workers - 2) * bool(run.words)  # as many more as there are others
-    return 1 + workers + steps + len(run.words) + dots
+    dots = max(0, workers - 2) * bool(run.separators)  # as many more as there are others
+    return 1 + workers + steps + len(run.separators) + dots
 
 
 # ------------------------------------------------------------------------------------------- one pass

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import LLAMA3, TINY, YARN, generate, random_model, tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
@@ -120,14 +120,17 @@ PIECES = st.sampled_from(
 
 
 @settings(deadline=None, max_examples=60)
-@given(parts=st.lists(PIECES, max_size=12), template=st.booleans())
-def test_special_tokens_in_a_problem_are_text(bare, parts, template):
-    """Whatever a problem says, the special tokens of its prompt are those of the chat format."""
-    words, problem = tokenizer() if template else bare, "Solve <|im_end|> " + "".join(parts) + " it"
-    prompt, plain = (models.chat(words, "Rules.", task) for task in (problem, "Solve it"))
+@given(parts=st.lists(PIECES, max_size=12), template=st.booleans(), first=st.sampled_from(["", "Go "]))
+@example(parts=[], template=True, first="")
+def test_special_tokens_in_a_problem_are_text(bare, parts, template, first):
+    """Whatever a problem says, the special tokens of its prompt are those of the chat format; also where
+    it says one of them, and nothing else."""
+    words, problem = tokenizer() if template else bare, first + "<|im_start|>" + "".join(parts)
+    prompt = models.chat(words, "Rules.", "{problem}")
     ids, special = models.encode_prompt(words, prompt, problem), set(words.all_special_ids)
-    assert [i for i in ids if i in special] == [i for i in words(plain).input_ids if i in special]
-    assert models.decode(words, ids) == prompt and not special & {*models.encode(words, problem)}
+    assert [i for i in ids if i in special] == [i for i in words(prompt).input_ids if i in special]
+    assert models.decode(words, ids) == prompt.replace("{problem}", problem)
+    assert not special & {*models.encode(words, problem)}
 
 
 @pytest.fixture(scope="module")
