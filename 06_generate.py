@@ -28,16 +28,13 @@ from importlib import import_module
 
 import torch
 
-from appendix import command, journal, models, protocol, screen
+from appendix import adapters, command, journal, models, protocol, puzzles, screen
 from appendix.command import option
 from appendix.protocol import CHECK, NAMES, SEPARATORS, find_boxed, header, step_ended
 
 shared_cache = import_module("02_shared_cache")
 layouts = import_module("03_layouts")
 query_rotation = import_module("04_query_rotation")
-
-PROBLEM = """Tom has 3 red apples and 5 green apples. Ann has 4 red apples and 2 green apples. How many
-apples of each colour are there, and how many altogether?"""
 
 
 @dataclass
@@ -413,13 +410,15 @@ def main(argv=None):
     """Run the command line; returns the exit code."""
     kinds = [Settings, models.Options, screen.Options]
     parser = command.Parser(kinds, description=__doc__.split("\n")[0])
-    parser.add_argument("problem", nargs="?", default=PROBLEM, help="its text; '-': from standard input")
-    settings, options, show, rest = parser.read(argv, files=["prompt"])
+    parser.add_argument("problem", nargs="?", default=puzzles.EXAMPLE,
+                        help="its text; '-': from standard input")
+    settings, options, show, rest = parser.read(argv, ["prompt"], adapters.settings)
     problem = command.text(sys.stdin.read() if rest.problem == "-" else rest.problem, "problem")
-    about = {"problem": problem, **asdict(settings), "model": options.model or models.BUNDLED,
-             "dtype": options.dtype}
+    about = {"problem": problem, **asdict(settings), "model": options.model, "dtype": options.dtype}
     with journal.Journal(show.save, "trace", about, screen.ROW, may_differ=["max_passes"]) as trace:
         model, tokenizer = models.prepared(options)
+        if remark := adapters.remark(options.model, problem):
+            print(remark, file=sys.stderr)
         run = Hogwild(model, tokenizer, problem, settings, best_forward(model.device, options.attention))
         run = import_module("appendix.recording").resumed(run, trace)
         with screen.Screen(problem, trace.rows[0], show.plain) as display, screen.Stopping() as stopping:

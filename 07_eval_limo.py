@@ -18,7 +18,7 @@ lines more:
 What is counted: passes in which somebody writes. Prompts, re-encoding and asking are not (section 4.1).
 What to notice: the intervals. With a handful of problems they are wide. Left out: problems and grading
 (appendix/tasks.py), intervals and pictures (appendix/curves.py), LiveCodeBench, which runs code.
-Run it: python 07_eval_limo.py         (a minute: two methods, three problems; --help has the rest)
+Run it: python 07_eval_limo.py       (a minute: one worker and two, two lists; --help has the rest)
 """
 import os
 import re
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from appendix import command, curves, journal, models, protocol, screen, tasks
+from appendix import adapters, command, curves, journal, models, protocol, screen, tasks
 from appendix.command import option
 from appendix.results import NOTHING, ROW, files_of, key_of, one_each, read
 
@@ -354,11 +354,12 @@ def run_all(todo, what, team, problems, results, bar):
 class Evaluation(models.Options):
     """What is run, with which model, and where the results are."""
 
-    task: str = option("own", f"{', '.join(tasks.TASKS)}")
+    task: str = option("lists", f"{', '.join(tasks.TASKS)}")
     data: str | None = option(None, "problems: a JSONL file with question and answer")
-    methods: list[str] = option(["baseline", "hogwild:2"], f"{', '.join(METHODS)}; with :W: workers")
-    budgets: list[int] | None = option(None, "passes (default: 32 64; with --model 256 512 ... 4096)")
-    limit: int | None = option(None, "the first N problems only (default: 3 of task own, else all)")
+    methods: list[str] = option(["hogwild:1", "hogwild:2"],
+                                f"{', '.join(METHODS)}; with :W: workers")
+    budgets: list[int] | None = option(None, "passes (default: 80 160 240; with --model 256 ... 4096)")
+    limit: int | None = option(None, "the first N problems only (default: 2; with --model all)")
     seeds: list[int] = option([0], "all of it once per seed")
     greedy: bool = option(False, "always the likeliest token")
     answer_tokens: int | None = option(None, "longest answer (default: the task's)")
@@ -371,7 +372,9 @@ class Evaluation(models.Options):
     def __post_init__(self):
         """Raise ValueError, one sentence, if something makes no sense."""
         self.methods = list(dict.fromkeys(method(spec)[0] for spec in self.methods))
-        self.budgets = self.budgets or ([256, 512, 1024, 2048, 4096] if self.model else [32, 64])
+        small = self.model == adapters.COLLABORATOR
+        self.budgets = self.budgets or ([80, 160, 240] if small else [256, 512, 1024, 2048, 4096])
+        self.limit = 2 if self.limit is None and small and not self.data else self.limit
         if sorted({0, *self.budgets})[1:] != self.budgets:
             raise ValueError(f"budgets have to be increasing numbers of passes, not {self.budgets}")
         if len({*self.seeds}) < len(self.seeds) or self.greedy and len(self.seeds) > 1:
@@ -383,12 +386,14 @@ class Evaluation(models.Options):
     def settings(self, seed):
         """Chapter 6's, as far as methods have them in common."""
         common = {name: getattr(self, name) for name in COMMON}
+        common = {**adapters.settings(self.model), **common}
         return generate.Settings(seed=seed, max_passes=self.budgets[-1], **common)
 
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
-    what, = command.Parser(Evaluation, description=__doc__.split("\n")[0]).read(argv)
+    parser = command.Parser(Evaluation, description=__doc__.split("\n")[0])
+    what, = parser.read(argv, notes=adapters.settings)
     if what.png:
         journal.own_picture(what.png, b"\x89PNG")
         import_module("matplotlib")  # else it would be missed when all is done
@@ -402,11 +407,10 @@ def main(argv=None):
         report(header, rows, what.png)
         return 0
     import_module("math_verify")  # else every run would fail, and only at its end
-    usual = 3 if what.task == "own" and not what.data else None
-    problems = tasks.load(what.task, what.data)[:what.limit or usual]
+    problems = tasks.load(what.task, what.data)[:what.limit]
     what.answer_tokens = what.answer_tokens or tasks.TASKS[what.task].answer_tokens
     header = {name: getattr(what, name) for name in ["dtype", "task", "data", "budgets", *COMMON]}
-    header["model"] = what.model or models.BUNDLED
+    header["model"] = what.model
     header["data"] = what.data and tasks.label(what.data)
     list(map(what.settings, what.seeds))  # says what is wrong with one of them
     wanted = [(spec, number, seed) for number in range(len(problems)) for seed in what.seeds

@@ -1,22 +1,24 @@
-# make demo: two workers solve a problem on a small real model. make test: everything is checked. make team: a
-# tiny model that has learned to share work. All of them set up what they need.
+# make demo: a list of problems, for one worker and for two. make race: whoever finds it stops the others. make team: a tiny
+# model that has learned nothing else. make test: everything is checked. All of them set up what they need.
 # Needs Python >= 3.10 with venv, and make. Nothing is installed twice.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo team test mutations speed lint clean
+.PHONY: demo race team test mutations speed lint clean
 demo: $(VENV)/ready
-	$(BIN)/python 06_generate.py --seed 1 --check-every 128 --max-passes 160
-	@echo "To see two workers finish in half the passes, because they have learned to share work: make team"
+	$(BIN)/python appendix/demo.py
+
+race: $(VENV)/ready
+	$(BIN)/python appendix/demo.py --kind race --workers 4
 
 team: $(VENV)/ready
-	$(BIN)/python appendix/learn_to_collaborate.py
+	$(BIN)/python appendix/tiny_team.py
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# Each of some forty small faults is put into a copy of the code; the tests have to notice it.
+# Each of some seventy small faults is put into a copy of the code; the tests have to notice it.
 mutations: $(VENV)/ready
 	$(BIN)/python tests/mutations.py
 

@@ -50,18 +50,24 @@ class Parser(HfArgumentParser):
         """Print the sentence and exit with code 2."""
         self.exit(2, f"{self.prog}: {plain(message)}\n")
 
-    def read(self, argv=None, files=()):
+    def read(self, argv=None, files=(), notes=None):
         """The dataclasses, filled in; then a namespace of other arguments, if there are any.
 
-        files: options that name a text file; their values are read from it.
+        Args:
+            files: options that name a text file; their values are read from it.
+            notes: a function of the option `model`: what that model wants as defaults, {option: value}.
         """
         values, unknown = self.parse_known_args(argv)
+        if notes:
+            self.set_defaults(**{name: value for name, value in notes(values.model).items()
+                                 if hasattr(values, name)})
+            values, unknown = self.parse_known_args(argv)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}; --help lists what there is")
         for name, value in vars(values).items():
             if value == "":
                 self.error(f"{name.replace('_', '-')} is empty; give a value, or leave it out")
-            if name in files and value is not None:
+            if name in files and value != self.get_default(name):
                 setattr(values, name, read_text(value, name))
         filled = []
         for kind in self.dataclass_types:

@@ -74,22 +74,26 @@ def report(header, table, png=None):
         draw(png, title, budgets, table)
 
 
-def draw(png, title, budgets, table):
-    """Accuracy against passes, and against seconds (the paper's figures 3 to 6, and 19), as a PNG.
+SECONDS = "mean seconds per problem, on the machine of the run"
 
-    table: method -> {"accuracy": [budgets] shares, "seconds": [budgets], "count": of problems}.
+
+def draw(png, title, budgets, table, second=("seconds", SECONDS)):
+    """Accuracy against passes, and against something else (the paper's figures 3 to 6, 19), as a PNG.
+
+    Args:
+        table: method -> {"accuracy": [budgets] shares, "count": of problems, "seconds": [budgets]}.
+        second: key of the table, and what is written below: what else accuracy is drawn against.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    labels = "sequential forward passes", "mean seconds per problem, on the machine of the run"
-    for axis, label in zip(axes, labels):
+    for axis, label in zip(axes, ("sequential forward passes", second[1])):
         axis.set_prop_cycle(color=colormaps["tab20"].colors)
         axis.set(xlabel=label, ylabel="accuracy, with 95 % intervals")
         axis.grid(alpha=0.3)
         for method, row in table.items():
-            x = budgets if axis is axes[0] else row["seconds"]
+            x = budgets if axis is axes[0] else row[second[0]]
             style = "--o" if method.startswith(("baseline", "no-early", "self", "skeleton")) else "-o"
             reach = np.abs(interval(row["accuracy"], row["count"]) - row["accuracy"])  # [2, budgets]
             axis.errorbar(x, row["accuracy"], reach, fmt=style, label=f"{method} (n = {row['count']})")

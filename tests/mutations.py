@@ -183,7 +183,41 @@ EVALUATE = [
     ("an unpaired difference", CURVES, "pairs = np.subtract(scores, baseline)",
      "pairs = np.subtract(scores, np.sort(baseline))", [EVAL, "-k", "differences"]),
 ]
-MUTATIONS = FIRST_PART + LEAVES + PROTOCOL + EVALUATE
+PUZZLES, TEAM, LEARN, ADAPTERS, COMPARE, MOVED, DEMO = (
+    f"appendix/{name}.py" for name in ("puzzles", "ideal_team", "learn_to_collaborate", "adapters",
+                                       "compare_teams", "moved_steps", "demo"))
+TEACHING = [
+    ("what is tested is trained on", PUZZLES, 'if for_tests(name, numbers) == (use == "test") and',
+     "if", tests("puzzles", "nothing_is_trained_on")),
+    ("a race with two winners", PUZZLES, "if part.answer != winner.answer:", "if True:",
+     tests("puzzles", "words_say")),
+    ("the others' claims are not seen", TEAM, "if label not in board.claimed), None)",
+     "if label not in board.done), None)", tests("ideal_team", "nothing_twice")),
+    ("whoever is free in the same pass claims the same", TEAM,
+     "        if self.together:\n            among.add(label)", "        pass",
+     tests("ideal_team", "nothing_twice")),
+    ("nobody stops", TEAM, "if self.board.found and not mine:", "if False:",
+     tests("ideal_team", "finds_it")),
+    ("mistakes are learned", TEAM, "yield str(answer), 0", "yield str(answer), 1",
+     tests("ideal_team", "mistake")),
+    ("mistakes are not mended in the answer", TEAM, "while written != done:", "while written is None:",
+     tests("ideal_team", "mistake")),
+    ("weights are ignored", RECORDING, "@ weight / weight.sum()", ".mean()",
+     tests("learn_to_collaborate", "looks_at")),
+    ("a gradient of one process", LEARN, "dist.all_reduce(parameter.grad)", "pass",
+     tests("learn_to_collaborate", "two_processes")),
+    ("a stopped training begins with other lessons", LEARN, 'random.Random(f"{seed} {step} {rank}")',
+     'random.Random(f"{seed} {step - begun} {rank}")', tests("learn_to_collaborate", "goes_on")),
+    ("an adapter that is not added", ADAPTERS, ".merge_and_unload()", ".unload()",
+     tests("adapters", "merged")),
+    ("passes are counted per run", COMPARE, "for name in {name for name, _ in live}:",
+     "for name in [name for name, _ in live]:", tests("compare_teams", "schedule")),
+    ("a comparison that leaves its traces", MOVED,
+     "memory[layer][:, begin:begin + len(ids)] = content", "pass", tests("demo", "left_as_they_were")),
+    ("verdicts are exchanged", DEMO, "2 * right[0] + right[1]", "right[0] + 2 * right[1]",
+     tests("demo", "who_was_right")),
+]
+MUTATIONS = FIRST_PART + LEAVES + PROTOCOL + EVALUATE + TEACHING
 
 
 def mutate(folder, file, old, new):

@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from appendix import command, journal, models, screen  # noqa: E402
+from appendix import command, journal, models, products, screen  # noqa: E402
 from appendix.command import option  # noqa: E402
 
 rope = import_module("01_rope_shift")
@@ -213,7 +213,7 @@ def passes(stock, options, rows):
     """Table 1."""
     peak, gpu, ours = bandwidth(options), options.gpu, stock
     if not gpu:  # a second model with the same weights
-        ours = models.fast_products(copy.deepcopy(stock, {id(p): p for p in stock.parameters()}))
+        ours = products.fast_products(copy.deepcopy(stock, {id(p): p for p in stock.parameters()}))
     layers, _, heads, size = shape_of(stock)
     embedding, head = stock.get_input_embeddings().weight, stock.get_output_embeddings().weight
     weights = sum(p.nbytes for p in {*stock.parameters()} - {embedding} | {head})
@@ -316,7 +316,7 @@ def peak_memory():
 def details(rows):
     """Table 3, with the bundled model in float32."""
     model, tokenizer = models.load()
-    mine = partial(shared_step, models.fast_products(model), forward=query_rotation.forward,
+    mine = partial(shared_step, products.fast_products(model), forward=query_rotation.forward,
                    ropes=query_rotation.attach(model))
     for workers in (1, 2, 4):
         step = mine(8192, workers)

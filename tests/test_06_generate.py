@@ -8,7 +8,7 @@ import torch
 from helpers import MODELS, PROBLEM, SHORT, run_and_record, tiny
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from appendix import models, protocol
+from appendix import products, protocol
 
 generate = import_module("06_generate")
 layouts = import_module("03_layouts")
@@ -17,7 +17,7 @@ layouts = import_module("03_layouts")
 @pytest.fixture(scope="module")
 def packed(smollm):
     """The real model with fast products: those of two or three rows take half the time."""
-    return models.fast_products(copy.deepcopy(smollm[0])), smollm[1]
+    return products.fast_products(copy.deepcopy(smollm[0])), smollm[1]
 
 
 # -------------------------------------------------------------------------------------------- text rules

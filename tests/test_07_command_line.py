@@ -19,7 +19,7 @@ from helpers import tiny, tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from appendix import command, journal, models
+from appendix import command, journal, models, products
 
 evaluation = import_module("07_eval_limo")
 generate = import_module("06_generate")
@@ -39,13 +39,14 @@ def without_loading(smollm):  # (loaded before models.load is another function)
     toy = tiny("llama"), tokenizer()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "load", lambda *_, **__: toy)
-        patch.setattr(models, "fast_products", lambda model: model)
+        patch.setattr(products, "fast_products", lambda model: model)
         yield
 
 
-ARGUMENTS = ["--methods", "baseline", "hogwild:2", "--budgets", "2", "4", "--limit", "4",
+PLAIN = ["--model", models.BUNDLED, "--task", "own"]
+ARGUMENTS = [*PLAIN, "--methods", "baseline", "hogwild:2", "--budgets", "2", "4", "--limit", "4",
              "--seeds", "0", "1", "--device", "cpu", "--out"]
-SHORT = ["--methods", "baseline", "no-early-stop", "--budgets", "1", "2", "--limit", "2",
+SHORT = [*PLAIN, "--methods", "baseline", "no-early-stop", "--budgets", "1", "2", "--limit", "2",
          "--device", "cpu", "--answer-tokens", "1", "--out"]
 
 
@@ -311,7 +312,7 @@ def test_what_all_results_have_in_common(without_loading, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.jsonl").write_text(GOOD)
     run = ["--data", "data.jsonl", "--task", "math500", "--budgets", "1", "--methods", "baseline",
-           "--device", "cpu"]
+           "--device", "cpu", "--model", models.BUNDLED]
     assert call(run) == 0
     header, rows, _ = journal.read("eval.jsonl", "evaluation", evaluation.ROW)
     digest = hashlib.sha256(GOOD.encode()).hexdigest()[:12]
@@ -322,7 +323,9 @@ def test_what_all_results_have_in_common(without_loading, tmp_path, monkeypatch)
     (tmp_path / "data.jsonl").write_text(GOOD.replace("1", "2"))
     assert call(run) == 2
     what = evaluation.Evaluation(model="hub/name")
-    assert what.budgets == [256, 512, 1024, 2048, 4096] and evaluation.Evaluation().budgets == [32, 64]
+    assert what.budgets == [256, 512, 1024, 2048, 4096] and what.limit is None
+    what = evaluation.Evaluation()
+    assert what.budgets == [80, 160, 240] and what.limit == 2
 
 
 def test_processes_share_the_problems_or_the_model(smollm, tmp_path):

@@ -430,13 +430,13 @@ def test_passes_to_reach(accuracy, level):
 def test_every_seed_is_a_run_of_its_own(toy, tmp_path, monkeypatch):
     """A seed of the command line is the seed of its run, down to the words."""
     monkeypatch.setattr(models, "prepared", lambda *_: toy)
-    path = str(tmp_path / "x.jsonl")
-    assert evaluation.main(["--methods", "baseline", "--budgets", "6", "--limit", "1", "--seeds", "0",
-                            "7", "--answer-tokens", "2", "--out", path]) == 0
+    path, model = str(tmp_path / "x.jsonl"), f"--model={models.BUNDLED}"
+    assert evaluation.main([model, "--task=own", "--methods=baseline", "--out", path, "--budgets=6",
+                            "--limit=1", "--answer-tokens=2", "--seeds", "0", "7"]) == 0
     _, rows = evaluation.read([path])
-    question = evaluation.tasks.OWN[0][0]
     for row in rows:
-        told = generate.Settings(max_passes=6, seed=row["seed"], answer_tokens=2)
+        question, told = evaluation.tasks.OWN[0][0], generate.Settings(max_passes=6, seed=row["seed"],
+                                                                       answer_tokens=2)
         alone = evaluation.evaluate(evaluation.runs_of("baseline", *toy, question, told), ["48"], [6])
         assert alone["text"] == row["text"]
     assert [row["seed"] for row in rows] == [0, 7] and rows[0]["text"] != rows[1]["text"]

@@ -1,5 +1,5 @@
-"""Every chapter, and what of the appendix is read like one, runs directly, as a reader would run it; the
-house is as small as it says: tokens, lines, columns, and imports that run backwards only; and what
+"""Every chapter, and what of the appendix is read like one, runs directly, as a reader would run it;
+the house is as small as it says: tokens, lines, columns, and imports that run backwards only; and what
 tests/mutations.py would change stands where it says."""
 import ast
 import io
@@ -14,7 +14,11 @@ from mutations import MUTATIONS
 
 CHAPTERS = sorted(path.name for path in ROOT.glob("0[0-9]_*.py"))
 APPENDIX = sorted(f"appendix/{path.name}" for path in (ROOT / "appendix").glob("*.py"))
-RUN = [*CHAPTERS, "appendix/encode_run.py", "appendix/learn_to_collaborate.py"]
+POSSIBLE = [f"appendix/{name}.py" for name in (
+    "compare_teams", "demo", "encode_run", "ideal_team", "learn_to_collaborate", "moved_steps",
+    "puzzles", "tiny_team")]
+RUN = [*CHAPTERS, "appendix/encode_run.py", "appendix/learn_to_collaborate.py",
+       "appendix/moved_steps.py", "appendix/tiny_team.py"]
 
 
 @pytest.mark.parametrize("chapter", RUN)
@@ -43,10 +47,11 @@ def tokens(path):
 
 
 def test_the_house_is_small():
-    """Chapters: 17,500 tokens together; the appendix: 16,500; no file over 450 lines, no line over 105
-    columns."""
+    """Chapters: 17,500 tokens together; what they stand on in the appendix: 13,200; what they make
+    possible: 13,800; no file over 450 lines, no line over 105 columns."""
     assert 10_000 < sum(map(tokens, CHAPTERS)) <= 17_500
-    assert sum(map(tokens, APPENDIX)) <= 16_500
+    assert sum(map(tokens, {*APPENDIX} - {*POSSIBLE})) <= 13_200 and {*POSSIBLE} < {*APPENDIX}
+    assert sum(map(tokens, POSSIBLE)) <= 13_800
     for path in [*CHAPTERS, *APPENDIX, *(f"tests/{path.name}"
                                          for path in (ROOT / "tests").glob("*.py"))]:
         lines = (ROOT / path).read_text().splitlines()

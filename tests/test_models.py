@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from appendix import models
+from appendix import models, products
 
 ROOT = models.WHEEL.parent
 COMMON = {
@@ -302,24 +302,24 @@ def changed(model):
     return sum("forward" in module.__dict__ for module in model.modules())
 
 
-@pytest.mark.parametrize("way", [None, *models.WAYS])
+@pytest.mark.parametrize("way", [None, *products.WAYS])
 def test_fast_products_multiply_like_the_originals(way, monkeypatch):
     """They change rounding only, in float32 and bfloat16, whichever way is the fastest; others are left
     alone."""
     if way:
-        monkeypatch.setattr(models, "fastest", lambda *_: [models.stock, *[way] * 5])
+        monkeypatch.setattr(products, "fastest", lambda *_: [products.stock, *[way] * 5])
     for dtype, tolerance in (
         (torch.float32, 1e-5),
         (torch.bfloat16, 2e-2),
-        (torch.float16, 2e-3 if way in (models.flipped, models.transposed) else 0),
-        (torch.float64, 1e-14 if way in (models.flipped, models.transposed) else 0),
+        (torch.float16, 2e-3 if way in (products.flipped, products.transposed) else 0),
+        (torch.float64, 1e-14 if way in (products.flipped, products.transposed) else 0),
     ):
         stock, model = linears(dtype), linears(dtype)
-        assert models.fast_products(model) is model
+        assert products.fast_products(model) is model
         if dtype not in (torch.float32, torch.bfloat16):
-            assert not changed(model) or way in (models.flipped, models.transposed)
-        elif way and dtype == torch.float32 and models.platform.machine() in ("x86_64", "AMD64"):
-            assert changed(model) == 2 * (way is not models.stock)
+            assert not changed(model) or way in (products.flipped, products.transposed)
+        elif way and dtype == torch.float32 and products.platform.machine() in ("x86_64", "AMD64"):
+            assert changed(model) == 2 * (way is not products.stock)
         for shape in ((1,), (2,), (3,), (4,), (5,), (300,), (1, 1), (2, 3), (0,)):
             x = torch.randn(*shape, 64, dtype=dtype)
             before, after = stock(x), model(x)
@@ -340,13 +340,13 @@ def test_whatever_fails_leaves_the_model_as_it_was(where, error, monkeypatch):
     if where == "reorder":
         monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", fail)
     elif where == "fastest":
-        monkeypatch.setattr(models, "fastest", fail)
+        monkeypatch.setattr(products, "fastest", fail)
     else:
-        monkeypatch.setattr(models, "WAYS", {models.stock: torch.detach, fail: torch.detach})
+        monkeypatch.setattr(products, "WAYS", {products.stock: torch.detach, fail: torch.detach})
     model, x = linears(torch.float32), torch.randn(3, 64)
     expected = model(x)
     assert (
-        models.fast_products(model) is model and not changed(model) and torch.equal(model(x), expected)
+        products.fast_products(model) is model and not changed(model) and torch.equal(model(x), expected)
     )
 
 
@@ -358,26 +358,26 @@ def test_wrong_or_slow_ways_are_not_taken(monkeypatch):
         return x[..., :1] * 0 + bias
 
     def slow(x, weight, bias):
-        return [models.stock(x, weight, bias) for _ in range(100)][0]
+        return [products.stock(x, weight, bias) for _ in range(100)][0]
 
     for way in (wrong, slow):
-        monkeypatch.setattr(models, "WAYS", {models.stock: torch.detach, way: torch.detach})
-        assert {*models.fastest([linears(torch.float32)[0]])} == {models.stock}
-    monkeypatch.setattr(models, "fastest", lambda *_: pytest.fail("measured"))
-    monkeypatch.setattr(models, "available_memory", lambda: 1000)
-    assert not changed(models.fast_products(linears(torch.float32)))
+        monkeypatch.setattr(products, "WAYS", {products.stock: torch.detach, way: torch.detach})
+        assert {*products.fastest([linears(torch.float32)[0]])} == {products.stock}
+    monkeypatch.setattr(products, "fastest", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(products, "available_memory", lambda: 1000)
+    assert not changed(products.fast_products(linears(torch.float32)))
 
 
 LIMITED = """
 import copy, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from appendix import models
+from appendix import products
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                      num_attention_heads=2)
 for dtype, bound in ((torch.bfloat16, 0.03), (torch.float32, 1e-5)):
     stock = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
-    fast = models.fast_products(copy.deepcopy(stock))
+    fast = products.fast_products(copy.deepcopy(stock))
     for rows in (1, 2, 3, 5):
         ids = torch.randint(0, 500, (1, rows))
         before, after = stock(ids).logits, fast(ids).logits

@@ -192,7 +192,9 @@ def test_problems_of_five_are_drawn_from_all(tmp_path):
 def test_how_long_an_answer_may_be():
     """Paper, appendix C: 16 tokens, and 64 where answers are expressions; where each data set is."""
     hub = {name: (task.answer_tokens, *task.source, task.question, task.answer, task.group)
-           for name, task in tasks.TASKS.items()}
+           for name, task in tasks.TASKS.items() if len(task.source) != 2}
+    fresh = {name: task.answer_tokens for name, task in tasks.TASKS.items() if name not in hub}
+    assert fresh == {"lists": 40, "plans": 40, "reworded": 40, "races": 16}  # ten numbers, or a letter
     olympiad = "Hothan/OlympiadBench"
     assert hub == {
         "own": (16, "question", "answer", 1),

@@ -1,0 +1,242 @@
+r"""Appendix: what is a team worth that sees everything? Fair rivals, on problems that nobody has seen.
+
+    1 ... 4            so many workers who see each other write, token by token
+    fixed:2, fixed:4   the parts are dealt out beforehand, and nobody looks; when all are done, one reads
+                       everything and gives the answer (fork and join)
+    steps:2, steps:4   they see each other's steps only when these are finished, and begin at different
+                       places of the list: the best rule we know for who sees no more
+    alone:2, alone:4   nobody sees anybody; whoever is first gives the answer
+    anew:2, anew:4     like 2 and 4, but finished steps are encoded anew, not rotated
+    untaught:2         the same model before it learned, with chapter 6's own prompt
+
+Several problems share every pass (chapter 6's `feed`), which changes no result; seconds count only where
+problems go one at a time (--batch 1).
+
+    python appendix/compare_teams.py --kind race --problems 200 --batch 10 --out races.jsonl
+"""
+import random
+import re
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from statistics import mean
+from time import perf_counter
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from appendix import adapters, command, curves, ideal_team, journal, models, puzzles, tasks  # noqa: E402
+from appendix.command import option  # noqa: E402
+
+query_rotation = import_module("04_query_rotation")
+shared_cache = import_module("02_shared_cache")
+generate = import_module("06_generate")
+evaluation = import_module("07_eval_limo")
+
+WAYS = {"": ("combined", generate.Hogwild), "steps": ("interleaved", generate.Hogwild),
+        "alone": ("independent", generate.Hogwild), "anew": ("combined", evaluation.Reencode)}
+METHODS = ["1", "2", "3", "4", "fixed:2", "fixed:4", "steps:2", "steps:4", "alone:2", "alone:4",
+           "anew:2", "anew:4", "untaught:2"]
+ROW = {"problem": int, "method": str, "score": float, "passes": int, "tokens": int, "seconds": float,
+       "again": int, "never": int, "answer": str}
+
+
+@dataclass
+class Options:
+    """The command line."""
+
+    kind: str = option("list", ", ".join(puzzles.KINDS))
+    patterns: str = option("trained", "words of the questions: trained, or kept (from the training)")
+    methods: list[str] = option(["1", "2", "4"], ", ".join(METHODS))
+    problems: int = option(8, "how many fresh problems")
+    batch: int = option(1, "so many share a pass")
+    model: str = option(adapters.COLLABORATOR, "folder of an adapter that learn_to_collaborate.py made")
+    out: str | None = option(None, "keep results in this file; what is in there is not solved again")
+    png: str | None = option(None, "draw the curves")
+
+    def __post_init__(self):
+        """Raise ValueError, one sentence, if something makes no sense."""
+        for name, known in (("kind", puzzles.KINDS), ("patterns", ["trained", "kept"])):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} cannot be {getattr(self, name)!r}: {' or '.join(known)}")
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"there is no method {method!r}; choose among {', '.join(METHODS)}")
+        command.at_least(self, problems=1, batch=1)
+        command.distinct(out=self.out, png=self.png)
+        if self.png and not self.png.endswith(".png"):
+            raise ValueError(f"--png draws a PNG, so {self.png!r} has to end in .png")
+
+
+# ---------------------------------------------------------------------------------------------- methods
+
+def own_words(run):
+    """The text of each step without its header: finished ones in their order, then unfinished ones."""
+    closed = [step["text"] for record in run.passes for step in record["closed"]]
+    return [text.split(":** ", 1)[-1].strip() for text in [*closed, *(w.text for w in run.workers)]]
+
+
+def has_done(run, labels, target):
+    """Whether all of these parts have an answer, none of which is what a race looks for: then the run
+    goes on, and says so."""
+    text = "\n".join(own_words(run))
+    return f"={target}." not in text and all(re.search(rf"\b{label}=\d+\.", text) for label in labels)
+
+
+def job(method, start, puzzle):
+    """A generator of stages: ([runs that go side by side], is one of them over?). The last one answers.
+
+    start: (loop, puzzle, layout, names) -> a run.
+    """
+    way, _, count = method.rpartition(":")
+    names = ideal_team.NAMES[:int(count)]
+    if way != "fixed":
+        layout, loop = WAYS.get(way, WAYS[""])
+        yield [start(loop, puzzle, layout, names)], lambda run: run.ending
+        return
+    runs, shares = [], {}
+    for who, name in enumerate(names):
+        share = [*puzzle.parts][who::len(names)]
+        runs.append(start(generate.Hogwild, puzzle.share(share), "combined", [name]))
+        shares[runs[-1]] = share
+    yield runs, lambda run: run.ending or has_done(run, shares[run], puzzle.target)
+    if not (puzzle.target and any(run.boxed for run in runs)):
+        joined = start(generate.Hogwild, puzzle, "combined", names[:1])
+        steps = [step["text"] for run in runs for record in run.passes for step in record["closed"]]
+        joined.said += joined.encode("".join(steps + [w.text for run in runs for w in run.workers]))
+        yield [joined], lambda run: run.ending
+
+
+def solve(jobs, model, forward, cache):
+    """Let jobs go on side by side, to their ends: the last run, passes, tokens, seconds of each."""
+    stages = {name: next(stage) for name, stage in jobs.items()}
+    figures = {name: {"runs": [], "passes": 0, "tokens": 0, "seconds": 0.0} for name in jobs}
+    while stages:
+        begin = perf_counter()
+        live = [(name, run) for name, (runs, over) in stages.items() for run in runs if not over(run)]
+        if live:
+            logits = generate.feed(model, cache, [run.writers() for _, run in live], forward)
+            for (_, run), some in zip(live, logits):
+                run.take(run.sample(some))
+        seconds = perf_counter() - begin
+        for name in {name for name, _ in live}:
+            figures[name]["passes"] += 1
+            figures[name]["seconds"] += seconds
+        for name, run in live:
+            figures[name]["tokens"] += len(run.passes[-1]["sampled"])
+        for name, (runs, over) in [*stages.items()]:
+            if all(map(over, runs)):
+                figures[name]["runs"] += runs
+                stages[name] = next(jobs[name], None)
+                if stages[name] is None:
+                    del stages[name]
+    return figures
+
+
+def judged(puzzle, runs, figures):
+    """A row of results, but problem and method."""
+    answer = next(filter(None, (run.written_answer() for run in runs[::-1])), "")
+    begun = [label for run in runs for text in own_words(run)
+             for label in re.findall(r"^([A-Z]):", text) + re.findall(r"^[A-Z]: ([A-Z]) first", text)]
+    never = {*puzzle.parts} - {*begun} if puzzle.target is None else ()
+    score, _ = tasks.grade(answer, puzzle.answer.split(", "))
+    return {"score": score, "answer": answer, "again": len(begun) - len({*begun}), "never": len(never),
+            **figures}
+
+
+def measure(options, console):
+    """Solve what is not in the file yet: {method: {number: row}}."""
+    taught, tokenizer = models.load(options.model)
+    untaught = models.load(adapters.base_of(adapters.folder_of(options.model)))[0]
+    about = {"kind": options.kind, "patterns": options.patterns, "batch": options.batch,
+             "weights": models.fingerprint(taught)}
+    with journal.Journal(options.out, "teams", about, ROW, durable=True) as out:
+        kept = {(row["method"], row["problem"]): row for row in out.rows}
+        todo = [(method, first) for first in range(0, options.problems, options.batch)
+                for method in options.methods]
+        for method, first in track(todo, "teams at work", disable=not console.is_terminal):
+            model = untaught if method.startswith("untaught") else taught
+            cache, jobs, drawn = shared_cache.SharedCache(query_rotation.attach(model)), {}, {}
+            forward = generate.best_forward(model.device)
+
+            def start(loop, puzzle, layout, names, model=model, cache=cache, forward=forward):
+                told = {"greedy": True} if model is untaught else adapters.settings(options.model)
+                some = generate.Settings(names, layout, max_passes=ideal_team.MOST, **told)
+                return loop(model, tokenizer, puzzle.text, some, forward, cache)
+            for number in range(first, min(first + options.batch, options.problems)):
+                if (method, number) not in kept:
+                    chance = random.Random(f"{options.kind} {options.patterns} {number}")
+                    drawn[number] = puzzles.Puzzle(chance, options.kind, None, "test", options.patterns)
+                    jobs[number] = job(method, start, drawn[number])
+            for number, figures in (solve(jobs, model, forward, cache) if jobs else {}).items():
+                row = judged(drawn[number], figures.pop("runs"), figures)
+                out.add({"problem": number, "method": method, **row})
+                kept[method, number] = out.rows[-1]
+    return {method: [kept[method, number] for number in range(options.problems)]
+            for method in options.methods}
+
+
+def report(table, timed, console):
+    """Print the table. table: {method: [row per problem]}"""
+    base = next(iter(table.values()))
+    console.print(f"{len(base)} fresh problems; 95 % intervals; relative: to the first line. Again: how "
+                  "often\na part was begun once more than needed; never: parts that nobody began.\n")
+    console.print(f"{'':12}{'questions right':>24}{'all right':>11}{'passes':>8}{'relative':>22}"
+                  f"{'tokens':>8}{'seconds':>22}{'again':>7}{'never':>7}")
+    for method, rows in table.items():
+        score, passes, tokens, again, never = (
+            mean(row[key] for row in rows) for key in ("score", "passes", "tokens", "again", "never"))
+        low, high = curves.difference([row["score"] for row in rows], 0)[1:]
+        # Ratios of sums, each problem weighing what it takes.
+        ratios = {key: ratio([row[key] for row in rows], [row[key] for row in base])
+                  for key in ("passes", "seconds")}
+        seconds = "{:.3f} ({:.3f}–{:.3f})".format(*ratios["seconds"]) if timed else "–"
+        relative = "{:.3f} ({:.3f}–{:.3f})".format(*ratios["passes"])
+        console.print(f"{method:12}{score:8.1%} ({low:6.1%}–{high:6.1%})"
+                      f"{mean(row['score'] == 1 for row in rows):11.1%}{passes:8.1f}{relative:>22}"
+                      f"{tokens:8.0f}{seconds:>22}{again:7.2f}{never:7.2f}")
+
+
+def ratio(mine, theirs):
+    """Sum of mine over sum of theirs, with its 95 % interval (bootstrap over problems)."""
+    mine, theirs = torch.tensor(mine, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64)
+    drawn = torch.randint(len(mine), (2000, len(mine)), generator=torch.Generator().manual_seed(0))
+    low, high = (mine[drawn].sum(1) / theirs[drawn].sum(1)).quantile(
+        torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(mine.sum() / theirs.sum()), low, high
+
+
+def draw(png, options, table):
+    """Questions that are right after so many passes, and after so many tokens of all workers."""
+    budgets = np.arange(20, max(row["passes"] for rows in table.values() for row in rows) + 20, 20)
+    lines = {method: {
+        "accuracy": np.mean([row["score"] * (row["passes"] <= budgets) for row in rows], 0),  # [budgets]
+        "tokens": budgets * mean(row["tokens"] / row["passes"] for row in rows),
+        "count": len(rows)} for method, rows in table.items()}
+    curves.draw(png, f"{options.model} on {options.kind}s that it has not seen", budgets, lines,
+                ("tokens", "tokens, of all workers together"))
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code."""
+    options, = command.Parser([Options], description=__doc__.split("\n")[0]).read(argv)
+    if not adapters.folder_of(options.model):
+        raise ValueError(f"{options.model!r} is no folder of an adapter; learn_to_collaborate.py makes "
+                         "one")
+    torch.set_num_threads(1)
+    console = Console(highlight=False, soft_wrap=True)
+    if options.png:
+        journal.own_picture(options.png, b"\x89PNG")
+    table = measure(options, console)
+    report(table, options.batch == 1, console)
+    if options.png:
+        draw(options.png, options, table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.one_sentence(main))
