@@ -393,7 +393,7 @@ class Evaluation(models.Options):
 def main(argv=None):
     """Run the command line; returns the exit code."""
     parser = command.Parser(Evaluation, description=__doc__.split("\n")[0])
-    what, = parser.read(argv, notes=adapters.settings)
+    what, = parser.read(argv, wanted=adapters.settings)
     if what.png:
         journal.own_picture(what.png, b"\x89PNG")
         import_module("matplotlib")  # else it would be missed when all is done

@@ -50,16 +50,16 @@ class Parser(HfArgumentParser):
         """Print the sentence and exit with code 2."""
         self.exit(2, f"{self.prog}: {plain(message)}\n")
 
-    def read(self, argv=None, files=(), notes=None):
+    def read(self, argv=None, files=(), wanted=None):
         """The dataclasses, filled in; then a namespace of other arguments, if there are any.
 
         Args:
             files: options that name a text file; their values are read from it.
-            notes: a function of the option `model`: what that model wants as defaults, {option: value}.
+            wanted: a function of the option `model`: the defaults that it wants, {option: value}.
         """
         values, unknown = self.parse_known_args(argv)
-        if notes:
-            self.set_defaults(**{name: value for name, value in notes(values.model).items()
+        if wanted:
+            self.set_defaults(**{name: value for name, value in wanted(values.model).items()
                                  if hasattr(values, name)})
             values, unknown = self.parse_known_args(argv)
         if unknown:

@@ -14,7 +14,6 @@ problems go one at a time (--batch 1).
 
     python appendix/compare_teams.py --kind race --problems 200 --batch 10 --out races.jsonl
 """
-import random
 import re
 import sys
 from dataclasses import dataclass
@@ -112,7 +111,10 @@ def job(method, start, puzzle):
 
 
 def solve(jobs, model, forward, cache):
-    """Let jobs go on side by side, to their ends: the last run, passes, tokens, seconds of each."""
+    """Let jobs go on side by side, to their ends: {name: {"runs", "passes", "tokens", "seconds"}}.
+
+    jobs: {name: see `job`}. What a pass costs is counted once for each job that takes part in it.
+    """
     stages = {name: next(stage) for name, stage in jobs.items()}
     figures = {name: {"runs": [], "passes": 0, "tokens": 0, "seconds": 0.0} for name in jobs}
     while stages:
@@ -138,7 +140,7 @@ def solve(jobs, model, forward, cache):
 
 
 def judged(puzzle, runs, figures):
-    """A row of results, but problem and method."""
+    """A row of results (see ROW) from a job's runs and figures; problem and method are the caller's."""
     answer = next(filter(None, (run.written_answer() for run in runs[::-1])), "")
     begun = [label for run in runs for text in own_words(run)
              for label in re.findall(r"^([A-Z]):", text) + re.findall(r"^[A-Z]: ([A-Z]) first", text)]
@@ -149,9 +151,11 @@ def judged(puzzle, runs, figures):
 
 
 def measure(options, console):
-    """Solve what is not in the file yet: {method: {number: row}}."""
+    """Solve what is not in the file yet: {method: [row of each problem]}."""
     taught, tokenizer = models.load(options.model)
-    untaught = models.load(adapters.base_of(adapters.folder_of(options.model)))[0]
+    untaught = None
+    if any(method.startswith("untaught") for method in options.methods):
+        untaught, _ = models.load(adapters.base_of(adapters.folder_of(options.model)))
     about = {"kind": options.kind, "patterns": options.patterns, "batch": options.batch,
              "weights": models.fingerprint(taught)}
     with journal.Journal(options.out, "teams", about, ROW, durable=True) as out:
@@ -164,13 +168,13 @@ def measure(options, console):
             forward = generate.best_forward(model.device)
 
             def start(loop, puzzle, layout, names, model=model, cache=cache, forward=forward):
+                """A run of some workers on a puzzle, in the cache that all jobs of this batch share."""
                 told = {"greedy": True} if model is untaught else adapters.settings(options.model)
                 some = generate.Settings(names, layout, max_passes=ideal_team.MOST, **told)
                 return loop(model, tokenizer, puzzle.text, some, forward, cache)
             for number in range(first, min(first + options.batch, options.problems)):
                 if (method, number) not in kept:
-                    chance = random.Random(f"{options.kind} {options.patterns} {number}")
-                    drawn[number] = puzzles.Puzzle(chance, options.kind, None, "test", options.patterns)
+                    drawn[number] = puzzles.fresh(options.kind, number, options.patterns)
                     jobs[number] = job(method, start, drawn[number])
             for number, figures in (solve(jobs, model, forward, cache) if jobs else {}).items():
                 row = judged(drawn[number], figures.pop("runs"), figures)

@@ -8,7 +8,6 @@ the team saved.
 The model has learned to work in a team (learn_to_collaborate.py); the loop, chapter 6's, knows nothing
 of that. Every --number is another problem, none of which the model was trained on.
 """
-import random
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -54,7 +53,7 @@ def main(argv=None):
     """Run the command line; returns the exit code."""
     parser = command.Parser([Options, models.Options], description=__doc__.split("\n")[0])
     options, which = parser.read(argv)
-    puzzle = puzzles.Puzzle(random.Random(f"{options.kind}s {options.number}"), options.kind)
+    puzzle = puzzles.fresh(options.kind, options.number)
     model, tokenizer = models.prepared(which)
     forward, told = generate.best_forward(model.device, which.attention), adapters.settings(which.model)
     needed, right = [], []

@@ -10,19 +10,17 @@ adapts the model to write what they wrote. There is no code for collaboration in
     torchrun --nproc-per-node 2 appendix/learn_to_collaborate.py --train collaborator2
 """
 import json
-import os
 import random
 import sys
-import tempfile
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from appendix import command, ideal_team, journal, models, puzzles, recording  # noqa: E402
+from appendix import command, ideal_team, models, puzzles, recording, training  # noqa: E402
 from appendix.command import option  # noqa: E402
 
 query_rotation = import_module("04_query_rotation")
@@ -46,8 +44,7 @@ KEEP_EVERY = 20  # steps between two checkpoints
 RATE, WARM_UP = 2e-3, 25
 GROWING = 0.3  # problems grow to their full size in this share of the steps
 RANK = 16  # of the adapter
-MISTAKES = 0.15  # this share of the teams contains a mistake
-
+MISTAKES = 0.3  # of the teams that share a list, this share contains one
 
 # How a run has to be set up for what was learned, and what that is.
 KNOWS = {"settings": {"prompt": "{problem}", "check_every": 0, "greedy": True},
@@ -75,73 +72,33 @@ def lesson(model, tokenizer, chance, progress):
             how = {"layout": "combined", "workers": max(2, workers), "loop": evaluation.Reencode}
         else:
             how = {"layout": "combined", "workers": workers}
-            if workers > 1 and kind == "list" and chance.random() < 2 * MISTAKES:
+            if workers > 1 and kind == "list" and chance.random() < MISTAKES:
                 how["mistake"] = puzzle.mistake(chance)
         recordings.append(ideal_team.play(model, tokenizer, puzzle, **how)[1])
     return recordings
 
 
-def restore(checkpoint, parameters, optimizer):
-    """Load a checkpoint, if there is one. Returns the number of steps that were taken."""
-    try:
-        steps, weights, moments = torch.load(checkpoint, weights_only=True)
-        with torch.no_grad():
-            for parameter, weight in zip(parameters, weights, strict=True):
-                parameter.copy_(weight)
-        optimizer.load_state_dict(moments)
-        return steps
-    except FileNotFoundError:
-        return 0
-    except Exception as error:  # of any kind: it may be any file
-        raise ValueError(f"{str(checkpoint)!r} is no checkpoint of this training; delete it") from error
-
-
 def train(folder, seed, steps):
-    """Train an adapter, or go on from the folder's checkpoint.
-
-    AdamW on the mean gradient of all processes (torchrun's). What is drawn depends on seed, step and
-    process alone, so a training can go on at any step.
-    """
+    """Train an adapter, or go on from the folder's checkpoint (see training.py)."""
     from peft import LoraConfig, get_peft_model
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    checkpoint = folder / "checkpoint.pt"
-    if (folder / "adapter_model.safetensors").exists() and not checkpoint.exists():
-        raise ValueError(f"{str(folder)!r} has a trained adapter already; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if processes > 1:
-        dist.init_process_group("gloo")
-    torch.manual_seed(seed)
-    model, tokenizer = models.load()
-    ropes = query_rotation.attach(model)
-    adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0)
-    path, about = str(folder / "log.jsonl"), {"seed": seed, "steps": steps, "processes": processes}
-    with journal.Journal(None if rank else path, "training", about, {"step": int, "loss": float}) as log:
-        begun = restore(checkpoint, parameters, optimizer)
-        for step in range(begun + 1, steps + 1):
-            recordings = lesson(model, tokenizer, random.Random(f"{seed} {step} {rank}"), step / steps)
+
+    def build():
+        model, tokenizer = models.load()
+        ropes = query_rotation.attach(model)
+        adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+        adapted = get_peft_model(model, adapter)
+
+        def loss_of(chance, progress):
+            recordings = lesson(model, tokenizer, chance, progress)
             with torch.autocast(model.device.type, torch.bfloat16):
-                loss = recording.loss(model, ropes, recordings, frugal=False)
-            optimizer.zero_grad()
-            (loss / processes).backward()
-            for parameter in parameters if processes > 1 else ():
-                dist.all_reduce(parameter.grad)
-            torch.nn.utils.clip_grad_norm_(parameters, 1)
-            optimizer.param_groups[0]["lr"] = RATE * min(1, step / WARM_UP) * (1 - step / (steps + 1))
-            optimizer.step()
-            if rank == 0 and (step % KEEP_EVERY == 0 or step == steps):
-                log.add({"step": step, "loss": loss.item()})
-                with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-                    torch.save([step, [p.detach() for p in parameters], optimizer.state_dict()], file)
-                os.replace(file.name, checkpoint)
-                print(f"step {step}: loss {loss:.4f}", flush=True)
-        if rank == 0:
-            keep(adapted, folder, about)
-            checkpoint.unlink()
+                return recording.loss(model, ropes, recordings, frugal=False)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return parameters, loss_of, partial(keep, adapted, folder)
+    training.train(folder, seed, steps, build, "adapter_model.safetensors", RATE, WARM_UP, KEEP_EVERY,
+                   decay=0)
 
 
-def keep(adapted, folder, training):
+def keep(adapted, folder, about):
     """Save the adapter in bfloat16, and what one has to know about it."""
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -149,7 +106,7 @@ def keep(adapted, folder, training):
     adapted.peft_config["default"].base_model_name_or_path = models.BUNDLED
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink()  # a form to fill in
-    (folder / "hogwild.json").write_text(json.dumps({**KNOWS, "training": training}, indent=1) + "\n")
+    (folder / "hogwild.json").write_text(json.dumps({**KNOWS, "training": about}, indent=1) + "\n")
 
 
 def main(argv=None):
@@ -158,7 +115,8 @@ def main(argv=None):
     command.at_least(options, seed=0, steps=1)
     torch.set_num_threads(1)
     if options.train:
-        return train(Path(options.train), options.seed, options.steps)
+        train(Path(options.train), options.seed, options.steps)
+        return 0
     puzzle, (model, tokenizer) = puzzles.Puzzle(random.Random("example")), models.load()
     print(f"{puzzle.text}\n\nTwo who know how to share it:\n")
     runs = [ideal_team.play(model, tokenizer, puzzle, "combined", workers)[0] for workers in (1, 2)]

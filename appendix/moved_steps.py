@@ -12,7 +12,6 @@ else is in view. The relative difference of keys and of values, per layer:
     python appendix/moved_steps.py                      the collaborator, on problems it has not seen
     python appendix/moved_steps.py --png moved.png --model Qwen/Qwen3-8B
 """
-import random
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -89,7 +88,7 @@ def main(argv=None):
     forward, told = generate.best_forward(model.device, which.attention), adapters.settings(which.model)
     found, steps = defaultdict(list), 0
     for number in range(options.problems):
-        puzzle = puzzles.Puzzle(random.Random(f"lists {number}"))
+        puzzle = puzzles.fresh("list", number)
         settings = generate.Settings(max_passes=options.passes, **told)
         run = Compared(model, tokenizer, puzzle.text, settings, forward)
         while run.ending is None:

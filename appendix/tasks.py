@@ -74,8 +74,7 @@ def load(name, data=None):
     task = TASKS[name]
     if len(task.source) == 2 and data is None:
         kind, patterns = task.source
-        drawn = [puzzles.Puzzle(random.Random(f"{name} {k}"), kind, None, "test", patterns)
-                 for k in range(FRESH)]
+        drawn = [puzzles.fresh(kind, number, patterns) for number in range(FRESH)]
         return [{"question": puzzle.text, "answers": puzzle.answer.split(", ")} for puzzle in drawn]
     rows = from_file(data) if data is not None else from_hub(task) if task.source else OWN
     rows, size = [(question, clean(answer)) for question, answer in rows], task.group

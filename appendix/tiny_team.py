@@ -17,11 +17,9 @@ cannot see unfinished steps claims what others have claimed, and everybody does 
     python appendix/tiny_team.py --problems 200 --out results.jsonl --png curves.png
     torchrun --nproc-per-node 2 appendix/tiny_team.py --train team2      quarter of an hour
 """
-import os
 import random
 import re
 import sys
-import tempfile
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
@@ -30,13 +28,12 @@ from statistics import mean, median
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from appendix import command, curves, journal, models, protocol, recording  # noqa: E402
+from appendix import command, curves, journal, models, protocol, recording, training  # noqa: E402
 from appendix.command import option  # noqa: E402
 
 query_rotation = import_module("04_query_rotation")
@@ -187,60 +184,23 @@ def lesson(model, tokenizer, chance, progress):
     return recordings
 
 
-def restore(checkpoint, model, optimizer):
-    """Load a checkpoint, if there is one. Returns the number of steps that were taken."""
-    try:
-        steps, weights, moments = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(moments)
-        return steps
-    except FileNotFoundError:
-        return 0
-    except Exception as error:  # of any kind: it may be any file
-        raise ValueError(f"{str(checkpoint)!r} is no checkpoint of a training; delete it") from error
-
-
 def train(folder, seed, steps):
-    """Train a model like that in TEAM from scratch, or go on from the folder's checkpoint.
+    """Train a model like that in TEAM from scratch, or go on from the folder's checkpoint (see
+    training.py)."""
+    def build():
+        tokenizer = AutoTokenizer.from_pretrained(TEAM)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TEAM)).train()
+        ropes = query_rotation.attach(model)
 
-    AdamW on the mean gradient of all processes (torchrun's). What is drawn depends on seed, step and
-    process alone, so a training can go on at any step.
-    """
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    checkpoint = folder / "checkpoint.pt"
-    if (folder / "model.safetensors").exists() and not checkpoint.exists():
-        raise ValueError(f"{str(folder)!r} has a trained model already; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if processes > 1:
-        dist.init_process_group("gloo")
-    torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(TEAM)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TEAM)).train()
-    ropes, parameters = query_rotation.attach(model), [*model.parameters()]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98))
-    path, about = str(folder / "log.jsonl"), {"seed": seed, "steps": steps, "processes": processes}
-    with journal.Journal(None if rank else path, "training", about, {"step": int, "loss": float}) as log:
-        for step in range(restore(checkpoint, model, optimizer) + 1, steps + 1):
-            recordings = lesson(model, tokenizer, random.Random(f"{seed} {step} {rank}"), step / steps)
-            # So short a row needs no frugality.
-            loss = recording.loss(model, ropes, recordings, frugal=False)
-            optimizer.zero_grad()
-            (loss / processes).backward()
-            for parameter in parameters if processes > 1 else ():
-                dist.all_reduce(parameter.grad)
-            torch.nn.utils.clip_grad_norm_(parameters, 1)
-            optimizer.param_groups[0]["lr"] = RATE * min(1, step / WARM_UP) * (1 - step / (steps + 1))
-            optimizer.step()
-            if rank == 0 and (step % KEEP_EVERY == 0 or step == steps):
-                with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-                    torch.save([step, model.state_dict(), optimizer.state_dict()], file)
-                os.replace(file.name, checkpoint)
-                log.add({"step": step, "loss": loss.item()})
-                print(f"step {step}: loss {loss:.4f}", flush=True)
-        if rank == 0:
+        def loss_of(chance, progress):  # so short a row needs no frugality
+            return recording.loss(model, ropes, lesson(model, tokenizer, chance, progress), frugal=False)
+
+        def keep(about):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            checkpoint.unlink()
+        return [*model.parameters()], loss_of, keep
+    training.train(folder, seed, steps, build, "model.safetensors", RATE, WARM_UP, KEEP_EVERY,
+                   decay=0.01)
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -341,7 +301,8 @@ def main(argv=None):
     command.distinct(out=options.out, png=options.png)
     torch.set_num_threads(1)
     if options.train:
-        return train(Path(options.train), options.seed, options.steps)
+        train(Path(options.train), options.seed, options.steps)
+        return 0
     if options.png:
         if not options.png.endswith(".png"):
             raise ValueError(f"--png draws a PNG, so the file has to end in .png, not as {options.png}")

@@ -183,8 +183,8 @@ EVALUATE = [
     ("an unpaired difference", CURVES, "pairs = np.subtract(scores, baseline)",
      "pairs = np.subtract(scores, np.sort(baseline))", [EVAL, "-k", "differences"]),
 ]
-PUZZLES, TEAM, LEARN, ADAPTERS, COMPARE, MOVED, DEMO = (
-    f"appendix/{name}.py" for name in ("puzzles", "ideal_team", "learn_to_collaborate", "adapters",
+PUZZLES, TEAM, TRAINING, ADAPTERS, COMPARE, MOVED, DEMO = (
+    f"appendix/{name}.py" for name in ("puzzles", "ideal_team", "training", "adapters",
                                        "compare_teams", "moved_steps", "demo"))
 TEACHING = [
     ("what is tested is trained on", PUZZLES, 'if for_tests(name, numbers) == (use == "test") and',
@@ -204,9 +204,9 @@ TEACHING = [
      tests("ideal_team", "mistake")),
     ("weights are ignored", RECORDING, "@ weight / weight.sum()", ".mean()",
      tests("learn_to_collaborate", "looks_at")),
-    ("a gradient of one process", LEARN, "dist.all_reduce(parameter.grad)", "pass",
+    ("a gradient of one process", TRAINING, "dist.all_reduce(parameter.grad)", "pass",
      tests("learn_to_collaborate", "two_processes")),
-    ("a stopped training begins with other lessons", LEARN, 'random.Random(f"{seed} {step} {rank}")',
+    ("a stopped training begins with other lessons", TRAINING, 'random.Random(f"{seed} {step} {rank}")',
      'random.Random(f"{seed} {step - begun} {rank}")', tests("learn_to_collaborate", "goes_on")),
     ("an adapter that is not added", ADAPTERS, ".merge_and_unload()", ".unload()",
      tests("adapters", "merged")),

@@ -16,7 +16,7 @@ CHAPTERS = sorted(path.name for path in ROOT.glob("0[0-9]_*.py"))
 APPENDIX = sorted(f"appendix/{path.name}" for path in (ROOT / "appendix").glob("*.py"))
 POSSIBLE = [f"appendix/{name}.py" for name in (
     "compare_teams", "demo", "encode_run", "ideal_team", "learn_to_collaborate", "moved_steps",
-    "puzzles", "tiny_team")]
+    "puzzles", "tiny_team", "training")]
 RUN = [*CHAPTERS, "appendix/encode_run.py", "appendix/learn_to_collaborate.py",
        "appendix/moved_steps.py", "appendix/tiny_team.py"]
 

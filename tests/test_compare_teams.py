@@ -89,6 +89,55 @@ def test_sharing_a_pass_changes_nothing(setting):
     assert together == alone
 
 
+@pytest.mark.parametrize("method, layout, loop, workers", [
+    ("1", "combined", generate.Hogwild, 1), ("3", "combined", generate.Hogwild, 3),
+    ("steps:2", "interleaved", generate.Hogwild, 2), ("alone:4", "independent", generate.Hogwild, 4),
+    ("anew:2", "combined", compare_teams.evaluation.Reencode, 2),
+    ("untaught:2", "combined", generate.Hogwild, 2)])
+def test_a_method_is_a_layout_and_a_loop(method, layout, loop, workers):
+    """One run of so many workers on the whole problem, until it is over."""
+    puzzle = puzzles.fresh("list", 0)
+    (([run], over),) = compare_teams.job(method, lambda *how: how, puzzle)
+    assert run == (loop, puzzle, layout, ideal_team.NAMES[:workers]) and method in compare_teams.METHODS
+    assert over(type("", (), {"ending": "answer"})) and not over(type("", (), {"ending": None}))
+
+
+def made_up(method, problem, **others):
+    """A row of results."""
+    return {"problem": problem, "method": method, "score": 1.0, "passes": 100, "tokens": 100,
+            "seconds": 10.0, "again": 0, "never": 0, "answer": "7", **others}
+
+
+def test_the_table_says_what_the_rows_say(tmp_path, capsys, monkeypatch):
+    """Shares, means, ratios of sums; seconds only where problems went one at a time; the curves."""
+    table = {"1": [made_up("1", 0), made_up("1", 1, score=0.5, passes=300, seconds=30.0)],
+             "2": [made_up("2", 0, passes=50, tokens=200, seconds=8.0, again=1),
+                   made_up("2", 1, score=0.0, passes=150, tokens=200, seconds=20.0, never=3)]}
+    console = compare_teams.Console(width=200)
+    compare_teams.report(table, True, console)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    one, two = (next(line for line in lines if line[:1] == [method] and "%" in line[1])
+                for method in table)
+    assert one[1] == "75.0%" and two[1] == "50.0%" and one[-6:-5] != two[-6:-5]
+    assert "200.0" in one and "100.0" in two and "1.000" in one and "0.500" in two and "0.700" in two
+    assert one[-2:] == ["0.00", "0.00"] and two[-2:] == ["0.50", "1.50"] and "200" in two
+    compare_teams.report(table, False, console)
+    assert "0.700" not in capsys.readouterr().out
+    drawn = []
+    monkeypatch.setattr(compare_teams.curves, "draw", lambda *what: drawn.append(what))
+    options = compare_teams.Options(png="x.png")
+    compare_teams.draw(options.png, options, table)
+    (_, title, budgets, lines, second), = drawn
+    at = {int(budget): n for n, budget in enumerate(budgets)}
+    assert "lists" in title and second[0] == "tokens"
+    assert [lines["1"]["accuracy"][at[n]] for n in (80, 100, 280, 300)] == [0, 0.5, 0.5, 0.75]
+    assert [lines["2"]["accuracy"][at[n]] for n in (40, 60, 160)] == [0, 0.5, 0.5]
+    assert lines["1"]["tokens"][at[100]] == pytest.approx(100 * (1 + 1 / 3) / 2)
+    monkeypatch.undo()
+    compare_teams.draw(str(tmp_path / "x.png"), options, table)
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_a_share_asks_for_its_parts_alone():
     """In their order, under their labels; a race's share may lack what is looked for."""
     puzzle = puzzles.Puzzle(random.Random(0), "list", 6)
