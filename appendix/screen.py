@@ -132,8 +132,8 @@ class Screen:
     def frame(self):
         """What the terminal shows now."""
         width, height = self.console.size
-        asked = min(height // 3, 2 + len(Text(self.problem).wrap(self.console, max(1, width - 4))))
-        rows = max(5, (height - asked - 1) // (2 if self.start["moves"] else 1))  # of what is new
+        asked = Text(self.problem, "bold").wrap(self.console, max(1, width - 4))[:max(1, height // 3)]
+        rows = max(5, (height - len(asked) - 3) // (2 if self.start["moves"] else 1))  # of what is new
         columns = width // max(1, len(self.current)) - 4
         wide = columns >= 12  # else there are too many workers for columns: a line each
         now = []
@@ -148,12 +148,12 @@ class Screen:
         picture, below = Layout(), Layout(size=rows if wide else len(now))
         (below.split_row if wide else below.split_column)(*map(Layout, now))
         past = [self.styled(name, text.strip()) for name, text in self.history[-40:]]
-        past = Panel(self.tail(past, width - 4, height - rows - asked - 3), title="past steps")
-        problem = Text(self.problem, "bold")
-        problem = Panel(self.tail([problem], width - 4, asked - 2), title="problem")
+        past = Panel(self.tail(past, width - 4, height - rows - len(asked) - 5), title="past steps")
+        problem = Panel(Text("\n").join(asked), title="problem")
         line = f"{self.figures()} · {self.view:,} of {self.start['context']:,} tokens of context in view"
-        picture.split_column(Layout(problem, size=asked), Layout(past, visible=self.start["moves"]),
-                             below, Layout(Text(line, "dim"), size=1))
+        picture.split_column(Layout(problem, size=len(asked) + 2),
+                             Layout(past, visible=self.start["moves"]), below,
+                             Layout(Text(line, "dim"), size=1))
         return picture
 
     def finish(self, ending, answer):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import random
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from helpers import tiny
 from rich.console import Console
 
 from appendix import command, journal, models, products, screen
+from appendix.puzzles import EXAMPLE, Puzzle
 
 generate = import_module("06_generate")
 PROGRAM = str(ROOT / "06_generate.py")
@@ -137,7 +139,7 @@ def test_the_live_display_runs_on_a_terminal(saved, tmp_path):
         output += piece
     assert process.wait(60) == 0
     text = output.decode(errors="replace")
-    assert "past steps" in text and "╭" in text and "tokens/s" in text and "A frog on stone" in text
+    assert "past steps" in text and "╭" in text and "tokens/s" in text and "Solve all of these" in text
 
 
 def test_sixteen_workers_fit_on_a_narrow_terminal():
@@ -149,6 +151,31 @@ def test_sixteen_workers_fit_on_a_narrow_terminal():
     console.print(display.frame())
     shown = console.file.getvalue()
     assert all(f"words of {name}" in shown for name in generate.NAMES) and "What is 3 + 4?" in shown
+
+
+def test_parts_have_colours_and_the_question_is_always_there():
+    """A label where somebody claims, answers or checks it, in the colour of its part; not other words.
+    Of a problem that does not fit, the beginning is shown."""
+    puzzle = Puzzle(random.Random(0), "race", 16)
+    console = Console(file=io.StringIO(), width=80, height=30)
+    start = {"opening": {"Al": "**Al [1]:** B: 7x5=35. B=35. Check A", "Bo": ""}, "moves": True,
+             "context": 100}
+    display = screen.Screen(puzzle.text, start, console=console)
+    text = display.styled("Al", "**Al [1]:** B: B first. B=35. Check A, A Bob")
+    labelled = [(text.plain[span.start:span.end], span.style) for span in text.spans
+                if span.style in screen.PARTS]
+    assert sorted(labelled) == [("A", screen.PARTS[0]), ("B", screen.PARTS[1]), ("B", screen.PARTS[1])]
+    console.print(display.frame())
+    shown = console.file.getvalue()
+    assert "One of these has the answer" in shown and "past steps" in shown and "B: 7x5=35" in shown
+    assert "P. " not in shown and len(shown.splitlines()) <= 30
+
+
+def test_who_is_asked_something_else_says_what_it_has_learned(small, capsys):
+    """One line on standard error, and only for what the model has not learned."""
+    for problem, said in ((EXAMPLE, 0), ("What is the capital of France?", 1)):
+        assert call(generate.main, [problem, "--max-passes", "2", "--device", "cpu"]) == 0
+        assert capsys.readouterr().err.count("has learned to solve") == said
 
 
 def test_who_comes_speaks_or_goes_is_shown():
