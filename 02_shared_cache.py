@@ -50,8 +50,8 @@ class SharedCache(Cache):
     """One copy of all keys and values, for any number of workers.
 
     No token is ever lost: a block that would overflow refuses *before* anything is written. Addresses
-    stay fixed (chapter 5 relies on that) unless a block is made after the first pass: the memory grows
-    then.
+    stay fixed (chapter 5 relies on that) unless blocks are made for which no slots are free: the memory
+    grows then, with the next pass.
 
     Args:
         ropes: the Rope of every layer (chapter 1), as a list.
@@ -60,21 +60,41 @@ class SharedCache(Cache):
     def __init__(self, ropes):
         super().__init__(layers=[])
         self.ropes = ropes
-        self.blocks, self.slots = [], 0  # slots: S, of all blocks together
+        self.blocks, self.slots = [], 0  # slots: S, of all blocks together, and of those discarded
+        self.free = []  # ranges of slots that no block has, in order
         self.keys, self.values = {}, {}  # layer -> [Hk, S, D or Dv], made when the layer first writes
         self.new_slots = None  # [N] int64: where the tokens of the coming forward pass go
 
     # -- what the blocks can do ------------------------------------------------------------------------
 
     def block(self, capacity):
-        """Make an empty Block. On a CPU, slots that nobody has written to take no memory."""
-        block = Block(self.slots, capacity)
-        self.blocks.append(block)
-        self.slots += capacity
+        """Make an empty Block, in the first free slots that suffice, or behind all others. On a CPU,
+        slots that nobody has written to take no memory."""
+        for i, span in enumerate(self.free):
+            if len(span) >= capacity:
+                start, self.free[i] = span.start, span[capacity:]
+                break
+        else:
+            start, self.slots = self.slots, self.slots + capacity
+        self.blocks.append(Block(start, capacity))
+        return self.blocks[-1]
+
+    def discard(self, blocks):
+        """Give the slots of blocks back. Nobody may use these blocks any more."""
+        self.blocks = [block for block in self.blocks if block not in blocks]
+        gone, self.free = [range(b.start, b.start + b.capacity) for b in blocks] + self.free, []
+        for span in sorted(gone, key=lambda span: span.start):
+            if self.free and self.free[-1].stop == span.start:
+                span = range(self.free.pop().start, span.stop)
+            self.free.append(span)
+
+    def grow(self):
+        """Let the memory have all slots that were given to blocks."""
         for memory in (self.keys, self.values):
             for layer, old in memory.items():
-                memory[layer] = torch.cat([old, old.new_empty(old.shape[0], capacity, old.shape[2])], 1)
-        return block
+                more = self.slots - old.shape[1]
+                if more:
+                    memory[layer] = torch.cat([old, old.new_empty(old.shape[0], more, old.shape[2])], 1)
 
     def reserve(self, writers):
         """Give new tokens their slots: for each pair (block, count) the next `count` slots of the block.
@@ -86,6 +106,7 @@ class SharedCache(Cache):
         """
         for block, count in writers:
             self.check_room(block, count)
+        self.grow()
         spans = []
         for block, count in writers:
             first = block.start + block.length
@@ -105,6 +126,7 @@ class SharedCache(Cache):
         if source is target:
             raise ValueError(f"a block cannot be moved to its own end ({source})")
         self.check_room(target, source.length)
+        self.grow()
         here = slice(source.start, source.start + source.length)
         there = slice(target.start + target.length, target.start + target.length + source.length)
         for layer, keys in self.keys.items():

@@ -28,69 +28,13 @@ from importlib import import_module
 
 import torch
 
-from appendix import adapters, command, journal, models, protocol, puzzles, screen
-from appendix.command import option
-from appendix.protocol import CHECK, NAMES, SEPARATORS, find_boxed, header, step_ended
+from appendix import adapters, batching, command, engine, journal, models, protocol, puzzles, screen
+from appendix.protocol import CHECK, FORMS, SEPARATORS, header, step_ended
+from appendix.settings import Settings
 
 shared_cache = import_module("02_shared_cache")
 layouts = import_module("03_layouts")
 query_rotation = import_module("04_query_rotation")
-
-
-@dataclass
-class Settings:
-    """Everything that shapes a run, besides the model and the problem."""
-
-    workers: list[str] = option(NAMES[:2], "their names, or how many of them")
-    layout: str = option("combined", f"who sees what: {', '.join(layouts.LAYOUTS)}")
-    max_passes: int = option(256, "budget of sequential forward passes")
-    check_every: int = option(1024, "generated tokens between checks for redundant work; 0: never")
-    answer_tokens: int = option(16, "longest answer when the budget ends")
-    max_step: int = option(512, "a step that has grown to so many tokens is over at the next line end")
-    seed: int = option(0, "of the random numbers")
-    greedy: bool = option(False, "always the likeliest token: no randomness")
-    temperature: float | None = option(None, "default: the model's own, or 0.6")
-    top_p: float | None = option(None, "default: the model's own, or 0.95")
-    top_k: int | None = option(None, "default: the model's own, or 50; 0: no limit")
-    context: int | None = option(None, "tokens that may be in view (default: what the config says)")
-    prompt: str | None = option(None, "another prompt, with {problem} in it (here: its file)")
-    forbid: list[str] = option(["</think>", "##", " ##", "###", " ###", "####", " ####"],
-                               "tokens that workers may not write, besides special ones; '': none")
-    forbid_special: bool = option(True, "workers may not end their text, or change roles")
-
-    def __post_init__(self):
-        """Raise ValueError, one sentence, if a setting makes no sense."""
-        if self.workers in [[str(count)] for count in range(1, len(NAMES) + 1)]:  # how many, not who
-            self.workers = NAMES[:int(self.workers[0])]
-        rules = [("workers", 1 <= len(self.workers) <= len(NAMES), f"1 to {len(NAMES)} of them"),
-                 ("layout", self.layout in layouts.LAYOUTS, f"one of {', '.join(layouts.LAYOUTS)}"),
-                 ("temperature", self.temperature is None or 0 < self.temperature < 1e9, "above 0"),
-                 ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-                 ("prompt", "{problem}" in (self.prompt or "{problem}"), "a text with {problem} in it")]
-        for name, holds, wanted in rules:
-            if not holds:
-                raise ValueError(f"{name} cannot be {getattr(self, name)!r}; it has to be {wanted}")
-        command.at_least(self, max_passes=1, check_every=0, answer_tokens=1, max_step=16, seed=0,
-                         top_k=0, context=1)
-        for i, name in enumerate(self.workers):
-            protocol.check_name(name, self.workers[:i])
-
-
-def best_forward(device, attention="auto"):
-    """How to run a pass: "torch" (chapter 4), "triton" (chapter 5; ValueError if it does not work here),
-    or "auto": the latter on GPUs where it works."""
-    models.use_device(device)
-    if attention == "torch" or (attention == "auto" and torch.device(device).type != "cuda"):
-        return query_rotation.forward
-    try:
-        kernel = import_module("05_triton_kernel")
-        kernel.check(device)
-        return kernel.Decoder()
-    except Exception as error:  # of any kind: no Triton, no compiler, a GPU that it does not know
-        if attention == "triton":
-            raise ValueError(command.first_line(error)) from error
-        print(f"attention runs without the Triton kernel: {command.first_line(error)}", file=sys.stderr)
-        return query_rotation.forward
 
 
 class TooLong(ValueError):
@@ -162,7 +106,8 @@ class Hogwild:
 
     def __init__(self, model, tokenizer, problem, settings=None, forward=None, cache=None):
         self.model, self.tokenizer, self.problem = model, tokenizer, problem.strip()
-        self.settings, self.forward = settings or Settings(), forward or best_forward(model.device)
+        self.forward = forward or engine.best_forward(model.device)
+        self.settings = settings or Settings()
         if not self.problem:
             raise ValueError("the problem is empty; give the workers something to solve")
         self.encode, self.decode = partial(models.encode, tokenizer), partial(models.decode, tokenizer)
@@ -172,12 +117,18 @@ class Hogwild:
         self.template = models.chat(tokenizer, *protocol.instructions(self.settings, layout.headers))
         self.template += protocol.PAST_STEPS if layout.moves else ""
         self.prompt = self.template.replace("{problem}", self.problem)
-        self.finisher, self.ends = self.encode(protocol.FINISHER), models.end_ids(model, tokenizer)
+        self.form, self.ends = FORMS[self.settings.form], models.end_ids(model, tokenizer)
+        self.finisher = self.encode(self.form.finisher)
         self.given = protocol.boxes(self.prompt)  # whoever repeats one of these has not answered
         self.context = self.settings.context or models.context(model)
         self.passes, self.events, self.said = [], [], []  # see there; said: ids that the next pass reads
         self.generated, self.boxed = 0, None  # tokens sampled by all; the answer, once a step gives one
-        self.build(*self.openings())
+        self.ids, self.separators, self.workers = {}, {}, []  # block -> its ids; word -> block
+        try:
+            self.build(*self.openings())
+        except Exception:
+            self.release()
+            raise
 
     def openings(self):
         """Token ids of the common text, and those with which each worker's block begins."""
@@ -202,15 +153,14 @@ class Hogwild:
         own = min(likely, 2 * self.settings.max_step) if self.layout.moves else likely
         self.capacity = min(own + longest + self.reserve, self.context)
         self.history = self.cache.block(min(history, self.context))
-        self.ids = {self.history: list(prompt_ids)}  # what every block holds, but separators
-        self.separators, self.workers = {}, []  # separators: {word: block}
+        self.ids[self.history] = list(prompt_ids)
         for name, ids in zip(self.settings.workers, openings):
             self.enlist(name, ids)
         if len(prompt_ids) + sum(map(len, openings)) + self.reserve > self.context:
             raise TooLong(f"the prompt takes {len(prompt_ids)} tokens, an answer {self.reserve}, and "
                           f"the context ends at {self.context}: shorten the problem")
         for i in range(0, len(prompt_ids), 512):  # in pieces, as scores take tokens x context numbers
-            feed(self.model, self.cache, [[([self.history], prompt_ids[i:i + 512])]], self.forward)
+            self.fed([([self.history], prompt_ids[i:i + 512])])
         self.encode_separators()
         if self.ending in ("context", "room"):
             raise TooLong(f"the prompt leaves no room in {self.context} tokens: shorten the problem")
@@ -232,7 +182,11 @@ class Hogwild:
                 before = [*before, self.separators[word]]
                 writers.append((before, ids))
         if writers:
-            feed(self.model, self.cache, [writers], self.forward)
+            self.fed(writers)
+
+    def fed(self, writers):
+        """The logits of a pass of this run alone."""
+        return feed(self.model, self.cache, [writers], self.forward)[0]
 
     # -- one pass -----------------------------------------------------------------------------------
 
@@ -265,7 +219,7 @@ class Hogwild:
         if tokens is not None and len(tokens) != writing:
             raise ValueError(f"{writing} workers write; give a token for each, not {len(tokens)}")
         with self.cache.rewound(only_on_error=True):
-            logits, = feed(self.model, self.cache, [self.writers()], self.forward)
+            logits = self.fed(self.writers())
             tokens = self.sample(logits) if tokens is None else tokens
         record = self.take(tokens)
         record["seconds"] = time.perf_counter() - start
@@ -297,7 +251,7 @@ class Hogwild:
         self.schedule_checks(writing)
         for w in writing:
             if w.finished or self.is_over(w):
-                answer = find_boxed(w.own_text, self.given)
+                answer = self.form.find(w.own_text, self.given)
                 if not w.finished:
                     record["closed"].append(self.close_step(w))
                 if answer:
@@ -377,31 +331,51 @@ class Hogwild:
 
     def written_answer(self):
         """The answer that was written in time, in a finished step or else an unfinished one, or None."""
-        unfinished = (find_boxed(w.own_text, self.given) for w in self.workers)
+        unfinished = (self.form.find(w.own_text, self.given) for w in self.workers)
         return self.boxed or next(filter(None, unfinished), None)
 
     def answer(self):
-        """The answer now (early stop; paper, section 4.1 and appendix C).
+        """The answer now (early stop; paper, section 4.1 and appendix C). The run does not notice."""
+        return batching.alone(self.asking(), lambda groups: [self.fed(*groups)])
 
-        What a worker has boxed; or else the last worker, who for this once sees everything (final_view),
-        is made to say it: its block gets the finisher, at most `answer_tokens` are decoded greedily, and
-        the blocks are cut back. Nothing is encoded twice, and the run does not notice.
-        """
+    def asking(self):
+        """`answer` as a job (appendix/batching.py): what a worker has boxed; or else the last worker,
+        who for this once sees everything (final_view), is made to say it."""
         if (written := self.written_answer()) is not None:
             return written
         *others, last = self.workers
-        view, ids = self.view(last, final=True), []
-        writers = [(self.view(w), w.pending) for w in others if w.pending]  # none: its text has ended
-        writers.append((view, last.pending + self.finisher))
-        with self.cache.rewound():
-            for _ in range(self.settings.answer_tokens):
-                *_, logits = feed(self.model, self.cache, [writers], self.forward)[0]  # [vocabulary]
-                ids.append(int(logits.argmax()))
-                said = protocol.inside_braces(self.decode(ids))
-                if said is not None or ids[-1] in self.ends:
-                    return self.decode(ids[:-1]).strip() if said is None else said
-                writers = [(view, ids[-1:])]
-        return self.decode(ids).strip()
+        unread = [(self.view(w), w.pending) for w in others if w.pending]  # none: its text has ended
+        said = yield from self.concluding([(self.view(last, final=True), last.pending)], unread)
+        return said[0]
+
+    def concluding(self, asked, unread=()):
+        """A job: what the writers `asked`, pairs (view, ids), say if they have to answer now.
+
+        Their blocks get the finisher, at most `answer_tokens` are decoded greedily, and all blocks are
+        cut back. Nothing is encoded twice. `unread` is fed beside that, once.
+        """
+        lengths, said = {block: block.length for block in self.ids}, [[] for _ in asked]
+        coming = {k: (view, ids + self.finisher) for k, (view, ids) in enumerate(asked)}
+        try:
+            while coming:
+                logits = yield [*unread, *coming.values()]
+                unread = ()
+                for k, row in zip([*coming], logits[-len(coming):]):
+                    said[k].append(int(row.argmax()))
+                    coming[k] = coming[k][0], said[k][-1:]
+                    if (len(said[k]) == self.settings.answer_tokens or said[k][-1] in self.ends
+                            or self.form.inside(self.decode(said[k])) is not None):
+                        del coming[k]
+        finally:
+            for block, length in lengths.items():
+                block.length = length
+        texts = [self.decode([i for i in ids if i not in self.ends]) for ids in said]
+        inside = map(self.form.inside, texts)
+        return [text.strip() if part is None else part for text, part in zip(texts, inside)]
+
+    def release(self):
+        """Give the memory of a run that is over back to its cache, for others."""
+        self.cache.discard([*self.ids, *self.separators.values()])
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -419,7 +393,8 @@ def main(argv=None):
         model, tokenizer = models.prepared(options)
         if remark := adapters.remark(options.model, problem):
             print(remark, file=sys.stderr)
-        run = Hogwild(model, tokenizer, problem, settings, best_forward(model.device, options.attention))
+        forward = engine.best_forward(model.device, options.attention)
+        run = Hogwild(model, tokenizer, problem, settings, forward)
         run = import_module("appendix.recording").resumed(run, trace)
         with screen.Screen(problem, trace.rows[0], show.plain) as display, screen.Stopping() as stopping:
             for record in run.passes:

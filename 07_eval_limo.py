@@ -13,196 +13,104 @@ lines more:
     baseline             one worker, the plain prompt; asked for an answer at the budget (early stop)
     no-early-stop        the same, but an answer counts only if it was written in time
     self-consistency:W   independent workers; the answer is given with all their text in view
+    vote:W               the same, but the most frequent of their answers wins
+    debate:W             the same twice: in the second round, everybody has read the others
     skeleton, skeleton:W an outline; a thread per point, all at once or W taking turns; then one worker
+    fork-join            one worker, who hands parts over to others while it writes on
 
 What is counted: passes in which somebody writes. Prompts, re-encoding and asking are not (section 4.1).
-What to notice: the intervals. With a handful of problems they are wide. Left out: problems and grading
-(appendix/tasks.py), intervals and pictures (appendix/curves.py), LiveCodeBench, which runs code.
+Many runs share every pass (appendix/batching.py), and none of them notices. What to notice: the
+intervals. With a handful of problems they are wide. Left out: problems and grading (appendix/tasks.py),
+the rivals (appendix/methods.py), intervals and pictures (appendix/curves.py).
 Run it: python 07_eval_limo.py       (a minute: one worker and two, two lists; --help has the rest)
 """
 import os
-import re
 import sys
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from importlib import import_module
+from time import perf_counter
 from traceback import extract_tb
 
 import numpy as np
 import torch
 from rich.progress import Progress
 
-from appendix import adapters, command, curves, journal, models, protocol, screen, tasks
+from appendix import (
+    adapters,
+    batching,
+    command,
+    curves,
+    engine,
+    journal,
+    models,
+    programs,
+    protocol,
+    screen,
+    tasks,
+)
 from appendix.command import option
 from appendix.results import NOTHING, ROW, files_of, key_of, one_each, read
 
+shared_cache = import_module("02_shared_cache")
+query_rotation = import_module("04_query_rotation")
 generate = import_module("06_generate")
-Hogwild = generate.Hogwild
+methods = import_module("appendix.methods")
+Hogwild, SOLO, written = generate.Hogwild, methods.SOLO, methods.written
 
 # ------------------------------------------------------------------------- runs, asked at every budget
 
-def evaluate(runs, golds, budgets, early_stop=True):
-    """Runs one after the other, asked at every budget of passes on the way: a dict, ready for JSON.
+def evaluate(runs, problem, budgets, early_stop=True):
+    """A job (appendix/batching.py): runs one after the other, asked at every budget on the way.
 
     The answer is asked for in the cache that is there, and the run goes on as though nobody had asked.
     What that takes counts for nobody: neither as passes (paper, section 4.1) nor as seconds.
 
     Args:
         runs: an iterator, usually over one run.
-        golds: the right answers, a list of texts: one, or as many as the problem has parts.
+        problem: see tasks.load.
         budgets: increasing numbers of passes, a list of ints.
         early_stop: ask for an answer; or else only what was written in time counts.
     Returns:
-        "answers": {a budget, as a text: {"answer": text or None, "score": 0 to 1, "understood": bool,
-        "passes", "seconds"}}; "passes", "tokens", "seconds" of all runs; "ending" of the last one;
-        "step_ends": [(pass, worker)]; "text": [all that a worker has written], run after run.
+        a dict, ready for JSON: "answers": {a budget, as a text: {"answer": text or None, "score": 0 to
+        1, "understood": bool, "passes", "seconds"}}; "passes", "tokens", "seconds" (others use them,
+        too, if jobs go on side by side) of all runs; "ending" of the last one; "step_ends": [(pass,
+        worker)]; "text": [all that a worker has written], run after run.
     """
     answers, step_ends, texts = {}, [], []
     passes, tokens, seconds = 0, 0, 0.0
 
     def asked(run):
-        answer = run.answer() if early_stop else run.written_answer()
-        score, understood = tasks.grade(answer, golds)
+        answer = (yield from run.asking()) if early_stop else run.written_answer()
+        score, understood = tasks.mark(answer, problem)
         return {"answer": answer, "score": score, "understood": understood, "passes": passes,
                 "seconds": seconds}
 
-    coming = next(runs)
-    while coming:
-        run = coming
-        with screen.Stopping() as stopping:
-            while run.ending is None and passes < budgets[-1] and not stopping.asked:
-                record = run.advance()
+    try:
+        for run in runs:
+            while run.ending is None and passes < budgets[-1]:
+                begin = perf_counter()
+                record = run.take(run.sample((yield run.writers())))
                 passes, tokens = passes + 1, tokens + len(record["sampled"])
-                seconds += record["seconds"]
+                seconds += perf_counter() - begin
                 step_ends += [(passes, closed["worker"]) for closed in record["closed"]]
                 if passes in budgets:
-                    answers[str(passes)] = asked(run)
-        if stopping.asked:
-            raise KeyboardInterrupt
-        ending, texts = run.ending or "passes", texts + written(run)
-        try:
-            coming = next(runs, None) if passes < budgets[-1] else None
-        except generate.TooLong:  # more than the model's context is what the next one would read
-            coming, ending = None, "context"
-    answers.update({str(budget): asked(run) for budget in budgets if budget > passes})
+                    answers[str(passes)] = yield from asked(run)
+            ending, texts = run.ending or "passes", texts + written(run)
+            if passes >= budgets[-1]:
+                break
+    except generate.TooLong:  # more than the model's context is what the next one would read
+        if not texts:
+            raise
+        ending = "context"
+    late = [str(budget) for budget in budgets if budget > passes]
+    if late:
+        answers |= dict.fromkeys(late, (yield from asked(run)))
     return {"answers": answers, "passes": passes, "tokens": tokens, "ending": ending,
             "step_ends": step_ends, "seconds": seconds, "text": texts}
 
 
-def written(run):
-    """Per worker, all that it has written: its finished steps, and the unfinished one. Headers and
-    checks are in it, as they are in the steps."""
-    closed = [step for record in run.passes for step in record["closed"]]
-    return ["".join(step["text"] for step in closed if step["worker"] == w.name) + w.text
-            for w in run.workers]
-
-
 # ---------------------------------------------------------------------------------------------- methods
-
-# Who sees nobody may end its text and write headings: there are no others' steps to keep apart from.
-SOLO = {"layout": "independent", "forbid": [], "forbid_special": False}
-
-
-class Reencode(Hogwild):
-    """Ablation: a finished step is encoded anew at the end of the history. It sees the history, and
-    nothing else."""
-
-    def to_history(self, w):
-        """Encode the step that worker w has finished."""
-        self.cache.truncate(w.block, 0)
-        if self.ids[w.block]:
-            generate.feed(self.model, self.cache, [[([self.history], self.ids[w.block])]], self.forward)
-        super().to_history(w)  # (moves nothing any more)
-
-
-class Samples(Hogwild):
-    r"""Independent samples: a \boxed{} ends its writer, not the run; the answer is asked for with all
-    their text in view."""
-
-    def boxed_by(self, w, answer):
-        """Worker w is done."""
-        w.finished = True
-
-    def written_answer(self):
-        """None: one sample's answer is not the team's."""
-        return None
-
-
-class Stage(Hogwild):
-    """Writers who do not see each other, each with a prompt of its own.
-
-    Args:
-        arguments: chapter 6's, with the settings of SOLO; its problem is told to nobody.
-        prompts: per worker (what the user says, how the reply begins): what stands before its own words.
-        at_once: so many write in a pass, taking turns. None: all.
-    Raises:
-        ValueError: the layout has headers, or there are more or fewer workers than prompts.
-    """
-
-    def __init__(self, *arguments, prompts, at_once=None):
-        self.prompts, self.at_once = prompts, at_once or len(prompts)
-        super().__init__(*arguments)
-
-    def openings(self):
-        """What all prompts have in common is encoded once; the rest opens each writer's block, with one
-        token at least."""
-        if self.layout.headers or len(self.prompts) != len(self.settings.workers):
-            raise ValueError(f"a Stage has SOLO's settings and a prompt per worker, not the layout "
-                             f"{self.settings.layout!r} and {len(self.prompts)} prompts for "
-                             f"{len(self.settings.workers)} workers")
-        chat = models.chat(self.tokenizer, "", "{problem}")
-        ids = [models.encode_prompt(self.tokenizer, chat, task) + self.encode(begun)
-               for task, begun in self.prompts]
-        common = os.path.commonprefix([one[:-1] for one in ids])
-        return common, [one[len(common):] for one in ids]
-
-    def next_writers(self):
-        """The next `at_once` of those who have not finished."""
-        able = super().next_writers()
-        first = len(self.passes) * self.at_once % max(1, len(able))
-        return (able[first:] + able[:first])[:self.at_once]
-
-
-class Threads(Samples, Stage):
-    r"""Writers with prompts of their own; a \boxed{} ends its writer."""
-
-
-OUTLINE = """Plan how to answer the question below, without answering it. Write a numbered list of 3 to
-10 points (1., 2., 3., ...) that can be worked on independently of each other, each of 3 to 5 words.
-
-{problem}"""
-POINT = r"""This question is answered by several writers, each of whom works on one point of a plan.
-
-{problem}
-
-The plan:
-{outline}
-
-You work on point {number} and on no other. Reason step by step, and put the result of your point
-within \boxed{{}}."""
-
-
-def skeleton(start, problem, at_once):
-    """Skeleton-of-Thought (paper, section 4.1 and appendix D.2): a generator of runs, each of which
-    reads what the one before it has written.
-
-    start: see runs_of. at_once: so many of the points are worked on in a pass; None: all.
-    """
-    prompts = [(OUTLINE.format(problem=problem), "1.")]
-    outline = start(partial(Stage, prompts=prompts), 1, max_passes=128)
-    yield outline
-    plan = "1. " + written(outline)[0].strip()
-    points = (re.findall(r"^\s*\d+[.)]\s*(\S.*)$", plan, re.MULTILINE) or [plan])[:10]
-    prompts = [(POINT.format(problem=problem, outline=plan, number=k), f"{k}. {point}")
-               for k, point in enumerate(points, 1)]
-    threads = start(partial(Threads, prompts=prompts, at_once=at_once), len(points))
-    yield threads
-    read = "".join(f"{begun} {text.strip()}\n\n" for (_, begun), text in zip(prompts, written(threads)))
-    # `replace` and not `format`: the prompt has other braces.
-    prompts = [(protocol.SOLO.replace("{problem}", problem), read)]
-    yield start(partial(Stage, prompts=prompts), 1)
-
 
 # name -> (what runs it, settings that differ, workers unless the name says otherwise). What runs it is a
 # class, for one run; or a function like `skeleton`, which is called with (start, problem, workers) and
@@ -210,8 +118,10 @@ def skeleton(start, problem, at_once):
 METHODS = {
     "hogwild": (Hogwild, {}, 2), "contiguous": (Hogwild, {"layout": "contiguous"}, 2),
     "interleaved": (Hogwild, {"layout": "interleaved"}, 2), "no-check": (Hogwild, {"check_every": 0}, 2),
-    "re-encode": (Reencode, {}, 2), "baseline": (Hogwild, SOLO, 1), "no-early-stop": (Hogwild, SOLO, 1),
-    "self-consistency": (Samples, SOLO, 2), "skeleton": (skeleton, SOLO, None)}
+    "re-encode": (methods.Reencode, {}, 2), "baseline": (Hogwild, SOLO, 1),
+    "no-early-stop": (Hogwild, SOLO, 1), "self-consistency": (methods.Samples, SOLO, 2),
+    "vote": (methods.Votes, SOLO, 3), "debate": (methods.debate, SOLO, 2),
+    "skeleton": (methods.skeleton, SOLO, None), "fork-join": (methods.fork_join, SOLO, None)}
 
 
 def method(spec):
@@ -229,7 +139,7 @@ def method(spec):
     return name if workers is None or most == 1 else f"{name}:{workers}", kind, differs, workers
 
 
-def runs_of(spec, model, tokenizer, problem, settings, forward=None):
+def runs_of(spec, model, tokenizer, problem, settings, forward=None, cache=None):
     """The runs of a method on a problem, one after the other (usually there is one). The method changes
     those of `settings` (chapter 6) that are its own."""
     _, kind, differs, workers = method(spec)
@@ -237,10 +147,11 @@ def runs_of(spec, model, tokenizer, problem, settings, forward=None):
     def start(loop, workers, **others):
         """A run of a class (or of partial(a class, arguments of its own)), with other settings."""
         some = replace(settings, workers=protocol.NAMES[:workers], **{**differs, **others})
-        return loop(model, tokenizer, problem, some, forward)
+        return loop(model, tokenizer, problem["question"], some, forward, cache)
     if isinstance(kind, type):
         return iter([start(kind, workers)])
-    return kind(start, problem, workers)
+    asked = methods.Problem(problem["question"], len(problem["answers"]), settings.max_passes)
+    return kind(start, asked, workers)
 
 
 # ------------------------------------------------------------------------------------------- statistics
@@ -324,28 +235,52 @@ def run_missing(what, header, problems, wanted):
 
 
 def run_all(todo, what, team, problems, results, bar):
-    """Do the runs. A fault in one of them is kept as its result, and the others go on."""
+    """Do the runs, several side by side. A fault in one of them is kept as its result, and the others go
+    on."""
     model, tokenizer = models.prepared(what, team)
-    forward, faults = generate.best_forward(model.device, what.attention), 0
-    for spec, number, seed in bar.track(todo):
-        past = [row for row in one_each(results.rows) if row["method"] == spec]
-        so_far = f"{figures(past, what.budgets)['accuracy'][-1]:.0%} right so far" if past else "starts"
-        bar.update(bar.task_ids[0], description=f"{spec}: {so_far}")
-        row = {"method": spec, "problem": number, "seed": seed, "error": None}
+    forward = engine.best_forward(model.device, what.attention)
+    cache = shared_cache.SharedCache(query_rotation.attach(model))
+
+    def runs(spec, number, seed):
+        return runs_of(spec, model, tokenizer, problems[number], what.settings(seed), forward, cache)
+
+    def job(spec, number, seed):
+        """Do a run: returns its row."""
+        at_work.append((spec, number, seed))
+        row, begun = {"method": spec, "problem": number, "seed": seed, "error": None}, []
         try:
-            question, answers = problems[number]["question"], problems[number]["answers"]
-            runs = runs_of(spec, model, tokenizer, question, what.settings(seed), forward)
-            row |= evaluate(runs, answers, what.budgets, spec != "no-early-stop")
-            faults = 0
+            coming = (begun.append(run) or run for run in runs(spec, number, seed))
+            row |= yield from evaluate(coming, problems[number], what.budgets, spec != "no-early-stop")
         except Exception as error:  # whatever it is: one problem of a thousand
             place = extract_tb(error.__traceback__)[-1]
             row |= {"error": f"{type(error).__name__} ({place.name}:{place.lineno}): {error}",
                     "ending": "fault", "text": [],
                     "answers": {str(budget): NOTHING for budget in what.budgets}}
-            faults += 1
-        results.add(row)
-        if faults == 5:
-            raise command.Failed(f"five runs in a row failed, so the others would, too: {row['error']}")
+        for run in begun:
+            run.release()
+        at_work.remove((spec, number, seed))
+        return row
+
+    def feed(groups):
+        """A pass, unless somebody wants this process to stop."""
+        if stopping.asked:
+            raise KeyboardInterrupt
+        return generate.feed(model, cache, groups, forward)
+
+    at_once, faults, at_work = what.batch, 0, []
+    if at_once is None:
+        at_once = batching.as_memory_allows(cache, lambda: models.free_memory(model.device))
+    with screen.Stopping() as stopping:
+        bar.add_task("starts", total=len(todo))
+        for row in batching.side_by_side((job(*key) for key in todo), feed, at_once):
+            results.add(row)
+            past = [other for other in one_each(results.rows) if other["method"] == row["method"]]
+            bar.update(bar.task_ids[0], advance=1, description=f"{row['method']}: "
+                       f"{figures(past, what.budgets)['accuracy'][-1]:.0%} right so far")
+            faults = faults + 1 if row["error"] else 0
+            if faults >= 5 and faults > len(at_work):  # (others may be about to do better)
+                raise command.Failed(f"{faults} runs in a row failed, so the others would, too: "
+                                     f"{row['error']}")
 
 
 # -------------------------------------------------------------------------------------- the command line
@@ -360,6 +295,7 @@ class Evaluation(models.Options):
                                 f"{', '.join(METHODS)}; with :W: workers")
     budgets: list[int] | None = option(None, "passes (default: 80 160 240; with --model 256 ... 4096)")
     limit: int | None = option(None, "the first N problems only (default: 2; with --model all)")
+    batch: int | None = option(None, "so many runs share each pass (default: as memory allows)")
     seeds: list[int] = option([0], "all of it once per seed")
     greedy: bool = option(False, "always the likeliest token")
     answer_tokens: int | None = option(None, "longest answer (default: the task's)")
@@ -380,14 +316,15 @@ class Evaluation(models.Options):
         if len({*self.seeds}) < len(self.seeds) or self.greedy and len(self.seeds) > 1:
             raise ValueError("a seed is given twice, or greedy runs have several, and do not depend on "
                              "them: give one")
-        command.at_least(self, limit=1, answer_tokens=1)
+        command.at_least(self, limit=1, answer_tokens=1, batch=1)
         command.distinct(out=self.out, png=self.png, data=self.data)
 
     def settings(self, seed):
         """Chapter 6's, as far as methods have them in common."""
         common = {name: getattr(self, name) for name in COMMON}
         common = {**adapters.settings(self.model), **common}
-        return generate.Settings(seed=seed, max_passes=self.budgets[-1], **common)
+        form = tasks.TASKS[self.task].form
+        return generate.Settings(seed=seed, max_passes=self.budgets[-1], form=form, **common)
 
 
 def main(argv=None):
@@ -408,6 +345,8 @@ def main(argv=None):
         return 0
     import_module("math_verify")  # else every run would fail, and only at its end
     problems = tasks.load(what.task, what.data)[:what.limit]
+    if tasks.TASKS[what.task].form == "code":
+        programs.check()
     what.answer_tokens = what.answer_tokens or tasks.TASKS[what.task].answer_tokens
     header = {name: getattr(what, name) for name in ["dtype", "task", "data", "budgets", *COMMON]}
     header["model"] = what.model
@@ -430,7 +369,7 @@ def main(argv=None):
 # 1. Add a method: workers who see each other, but are told nothing about it. What do you expect?
 # 2. From which number of problems on could two methods with 60 % and 70 % be told apart? Why does it
 #    help that both have done the same problems? (curves.interval, curves.difference)
-# 3. Majority voting needs three workers and no model. Compare it with the answer of self-consistency.
+# 3. vote:3 and self-consistency:3 have the same samples. When does looking at all of them say more?
 
 if __name__ == "__main__":
     sys.exit(command.one_sentence(main))

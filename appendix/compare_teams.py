@@ -28,16 +28,26 @@ from rich.console import Console
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from appendix import adapters, command, curves, ideal_team, journal, models, puzzles, tasks  # noqa: E402
+from appendix import (  # noqa: E402
+    adapters,
+    command,
+    curves,
+    engine,
+    ideal_team,
+    journal,
+    models,
+    puzzles,
+    tasks,
+)
 from appendix.command import option  # noqa: E402
 
 query_rotation = import_module("04_query_rotation")
 shared_cache = import_module("02_shared_cache")
 generate = import_module("06_generate")
-evaluation = import_module("07_eval_limo")
+methods = import_module("appendix.methods")
 
 WAYS = {"": ("combined", generate.Hogwild), "steps": ("interleaved", generate.Hogwild),
-        "alone": ("independent", generate.Hogwild), "anew": ("combined", evaluation.Reencode)}
+        "alone": ("independent", generate.Hogwild), "anew": ("combined", methods.Reencode)}
 METHODS = ["1", "2", "3", "4", "fixed:2", "fixed:4", "steps:2", "steps:4", "alone:2", "alone:4",
            "anew:2", "anew:4", "untaught:2"]
 ROW = {"problem": int, "method": str, "score": float, "passes": int, "tokens": int, "seconds": float,
@@ -165,7 +175,7 @@ def measure(options, console):
         for method, first in track(todo, "teams at work", disable=not console.is_terminal):
             model = untaught if method.startswith("untaught") else taught
             cache, jobs, drawn = shared_cache.SharedCache(query_rotation.attach(model)), {}, {}
-            forward = generate.best_forward(model.device)
+            forward = engine.best_forward(model.device)
 
             def start(loop, puzzle, layout, names, model=model, cache=cache, forward=forward):
                 """A run of some workers on a puzzle, in the cache that all jobs of this batch share."""

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from appendix import adapters, command, models, puzzles, screen, tasks  # noqa: E402
+from appendix import adapters, command, engine, models, puzzles, screen, tasks  # noqa: E402
 from appendix.command import option  # noqa: E402
 
 generate = import_module("06_generate")
@@ -55,7 +55,7 @@ def main(argv=None):
     options, which = parser.read(argv)
     puzzle = puzzles.fresh(options.kind, options.number)
     model, tokenizer = models.prepared(which)
-    forward, told = generate.best_forward(model.device, which.attention), adapters.settings(which.model)
+    forward, told = engine.best_forward(model.device, which.attention), adapters.settings(which.model)
     needed, right = [], []
     for workers in (1, options.workers):
         print(f"\n--- {workers} worker{'s' if workers > 1 else ''}")

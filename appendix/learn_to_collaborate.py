@@ -25,7 +25,7 @@ from appendix.command import option  # noqa: E402
 
 query_rotation = import_module("04_query_rotation")
 generate = import_module("06_generate")
-evaluation = import_module("07_eval_limo")
+methods = import_module("appendix.methods")
 
 
 @dataclass
@@ -69,7 +69,7 @@ def lesson(model, tokenizer, chance, progress):
             how = {"layout": "independent", "workers": 1,
                    "order": chance.sample([*puzzle.parts], len(puzzle.parts)) if way < 0.13 else None}
         elif way < 0.3:  # finished steps are encoded anew
-            how = {"layout": "combined", "workers": max(2, workers), "loop": evaluation.Reencode}
+            how = {"layout": "combined", "workers": max(2, workers), "loop": methods.Reencode}
         else:
             how = {"layout": "combined", "workers": workers}
             if workers > 1 and kind == "list" and chance.random() < MISTAKES:

@@ -68,6 +68,14 @@ def use_device(device):
         torch.cuda.set_device(device)  # streams and graphs are made on the current one
 
 
+def free_memory(device):
+    """Bytes that nobody uses yet, where this device keeps its tensors."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # (accelerate brings it)
+    return psutil.virtual_memory().available
+
+
 def prepared(options, team=None):
     """(model, tokenizer) as the command lines of chapters 6 and 7 want them, from Options.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from appendix import adapters, command, journal, models, puzzles  # noqa: E402
+from appendix import adapters, command, engine, journal, models, puzzles  # noqa: E402
 from appendix.command import option  # noqa: E402
 
 generate = import_module("06_generate")
@@ -85,7 +85,7 @@ def main(argv=None):
     if options.png:
         journal.own_picture(options.png, b"\x89PNG")
     model, tokenizer = models.prepared(which)
-    forward, told = generate.best_forward(model.device, which.attention), adapters.settings(which.model)
+    forward, told = engine.best_forward(model.device, which.attention), adapters.settings(which.model)
     found, steps = defaultdict(list), 0
     for number in range(options.problems):
         puzzle = puzzles.fresh("list", number)

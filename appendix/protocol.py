@@ -1,11 +1,12 @@
-r"""Appendix: the words of the protocol (paper, sections 3.3 and 3.4, appendix C), and two rules about
-text.
+r"""Appendix: the words of the protocol (paper, sections 3.3 and 3.4, appendix C), and rules about text.
 
 Everything that the workers are told: a prompt that explains the page they see, a few strings that stand
 between the blocks, a question for whoever may be doing redundant work, and a sentence that asks for an
 answer.
 """
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 # ----------------------------------------------------------------------- what the workers are told
 
@@ -102,7 +103,7 @@ def instructions(settings, headers=True):
     return rules, task
 
 
-# ----------------------------------------------------------------------------- two rules about text
+# --------------------------------------------------------------------------------- rules about text
 
 SENTENCE_END = re.compile(r"""[.?!…。？！]["'”’»)\]}*_`$]*[ \t]*\n[ \t]*\n\s*$""")
 
@@ -142,3 +143,34 @@ def find_boxed(text, given=()):
     None."""
     known = {re.sub(r"\s", "", content) for content in given}
     return next((box for box in reversed(boxes(text)) if re.sub(r"\s", "", box) not in known), None)
+
+
+# ----------------------------------------------------------------------------- what an answer looks like
+
+CODE_FINISHER = FINISHER.replace("answer is \\boxed{", "program is\n```python\n")
+
+
+def inside_fence(text):
+    """What stands before the line that closes this block of code, or None."""
+    code, fence, _ = ("\n" + text).partition("\n```")
+    return code.strip("\n") if fence else None
+
+
+def find_code(text, given=()):
+    r"""The last complete block of code of a text in which something is boxed, too (a draft comes without
+    a \boxed{}), or None."""
+    blocks = re.findall(r"^```[^\n`]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return blocks[-1].strip("\n") if blocks and find_boxed(text, given) else None
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an answer is written."""
+
+    finisher: str  # makes a worker write one
+    inside: Callable  # what follows the finisher -> the answer, or None: it is not complete yet
+    find: Callable  # a worker's text, boxes that are in the prompt -> the answer in it, or None
+
+
+FORMS = {"box": Form(FINISHER, inside_braces, find_boxed),
+         "code": Form(CODE_FINISHER, inside_fence, find_code)}

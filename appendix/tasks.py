@@ -3,14 +3,16 @@ r"""Appendix: the problems of chapter 7, and when an answer is right.
 The problems stand here, are generated (puzzles.py), come from the Hugging Face hub, or from a JSONL file
 with the fields question and answer. Answers are compared as mathematics by math-verify, not as text.
 """
+import contextlib
 import hashlib
 import json
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from appendix import puzzles
+from appendix import programs, puzzles
 from appendix.command import first_line, read_text
 
 OWN = [  # (tests/test_tasks.py finds the answers by trying everything)
@@ -28,31 +30,90 @@ OWN = [  # (tests/test_tasks.py finds the answers by trying everything)
 ]
 
 
+def plain_row(row):
+    """A problem from a row with the fields question (or problem) and answer."""
+    question, answer = row.get("question", row.get("problem")), clean(row.get("answer"))
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("has no question; the fields question and answer are needed")
+    if not answer:
+        raise ValueError("has no answer: the field answer has to be a text or a number")
+    return {"question": question, "answers": [answer]}
+
+
+KINDS = {"Numerical": "a number", "Expression": "an expression", "Equation": "an equation",
+         "Tuple": "a tuple", "Interval": "an interval"}
+
+
+def olympiad(row):
+    """A problem of OlympiadBench: what it refers to stands before it, and behind it what is wanted (in
+    the structure of its official prompts); some answers may be off by an error.
+
+    Columns: context, question, final_answer (a list), is_multiple_answer, unit, answer_type, error.
+    """
+    kind, unit, many = KINDS.get(row["answer_type"]), row["unit"], row["is_multiple_answer"]
+    wanted = [f"There are several answers{', each of them ' + kind if kind else ''}: give all of them, "
+              "separated by commas." if many else f"The answer is {kind}." if kind else ""]
+    wanted += [f"It is in units of {unit}; leave the unit out."] if unit else []
+    parts = [row["context"], row["question"], " ".join(filter(None, wanted))]
+    errors = [float(part) for part in str(row["error"] or "0").split(",")]
+    return {"question": "\n\n".join(part.strip() for part in parts if (part or "").strip()),
+            "answers": [clean(row["final_answer"])], "error": max(errors)}
+
+
+PROGRAM = r"""{question}
+
+{how} When the program is final, give it in one block of code that begins with ```python, and behind it
+write \boxed{{done}}."""
+READS = "Write a Python program that reads standard input and prints to standard output."
+STARTS = "Complete this Python program:\n```python\n{}\n```\n"
+
+
+def live_code(row):
+    """A problem of LiveCodeBench, or None: it is not of the months that the paper evaluates."""
+    if not "2024-08-01" <= row["contest_date"][:10] < "2025-02-01":
+        return None
+    start = row["starter_code"].strip()
+    how = STARTS.format(start) if start else READS
+    return {"question": PROGRAM.format(question=row["question_content"].strip(), how=how),
+            "answers": [], "tests": programs.tests_of(row)}
+
+
 @dataclass(frozen=True)
 class Task:
     """Where the problems are, and how long an answer may be."""
 
     answer_tokens: int  # paper, appendix C (five numbers may want --answer-tokens)
-    # A data set on the Hugging Face hub: (name, configuration, split). Or what is generated: (kind of
-    # puzzle, patterns).
+    # A data set on the Hugging Face hub: (name, arguments of load_dataset). If there is none: OWN.
     source: tuple = ()
-    question: str = "question"  # its columns
-    answer: str = "answer"
+    fresh: tuple = ()  # generated ones: (kind of puzzle, patterns)
+    read: Callable = plain_row  # a row -> a problem, or None
     group: int = 1  # so many questions make one problem, scored position by position
+    form: str = "box"  # how an answer is written (protocol.FORMS)
 
 
-OLYMPIAD, TEST = "Hothan/OlympiadBench", (None, "test")
+def hub(name, configuration=None, split="test", **others):
+    """A data set on the Hugging Face hub."""
+    return name, {"name": configuration, "split": split, **others}
+
+
+def bench(subject):
+    """A part of OlympiadBench."""
+    return Task(64, hub("Hothan/OlympiadBench", f"OE_TO_{subject}_en_COMP", "train"), read=olympiad)
+
+
+CODE_FILES = ["test.jsonl", *(f"test{part}.jsonl" for part in range(2, 6))]  # release_v5
 TASKS = {
     # What the collaborator has learned, fresh ones; "reworded": asked in words that it has never met.
-    "lists": Task(40, ("list", "trained")), "races": Task(16, ("race", "trained")),
-    "plans": Task(40, ("plan", "trained")), "reworded": Task(40, ("list", "kept")),
+    "lists": Task(40, fresh=("list", "trained")), "races": Task(16, fresh=("race", "trained")),
+    "plans": Task(40, fresh=("plan", "trained")), "reworded": Task(40, fresh=("list", "held-out")),
     "own": Task(16),
-    "limo": Task(16, ("GAIR/LIMO", None, "train")),
-    "aime25": Task(16, ("math-ai/aime25", *TEST), question="problem"),
-    "olympiad-maths": Task(64, (OLYMPIAD, "OE_TO_maths_en_COMP", "train"), answer="final_answer"),
-    "olympiad-physics": Task(64, (OLYMPIAD, "OE_TO_physics_en_COMP", "train"), answer="final_answer"),
-    "gsm8k-x5": Task(16, ("openai/gsm8k", "main", "test"), group=5),
-    "math500": Task(64, ("HuggingFaceH4/MATH-500", *TEST), question="problem"),
+    "limo": Task(16, hub("GAIR/LIMO", split="train")),
+    "aime25": Task(16, hub("math-ai/aime25")),
+    "olympiad-maths": bench("maths"), "olympiad-physics": bench("physics"),
+    "gsm8k-x5": Task(16, hub("openai/gsm8k", "main"), group=5),
+    "math500": Task(64, hub("HuggingFaceH4/MATH-500")),
+    "livecodebench": Task(1024, hub("livecodebench/code_generation_lite", split="train",
+                                    data_files=CODE_FILES), read=live_code, form="code"),
 }
 FIVE = "Solve these problems and return comma-separated answers \\boxed{answer1,..., answer5} :\n"
 FRESH = 200  # generated problems of a task
@@ -71,22 +132,34 @@ def load(name, data=None):
     """
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}")
-    task = TASKS[name]
-    if len(task.source) == 2 and data is None:
-        kind, patterns = task.source
+    task, seen = TASKS[name], {}  # seen: question -> (where it stands, problem)
+    if task.fresh and data is None:
+        kind, patterns = task.fresh
         drawn = [puzzles.fresh(kind, number, patterns) for number in range(FRESH)]
         return [{"question": puzzle.text, "answers": puzzle.answer.split(", ")} for puzzle in drawn]
-    rows = from_file(data) if data is not None else from_hub(task) if task.source else OWN
-    rows, size = [(question, clean(answer)) for question, answer in rows], task.group
+    own = [(question, {"question": question, "answer": answer}) for question, answer in OWN]
+    for where, row in from_file(data) if data is not None else from_hub(task) if task.source else own:
+        try:
+            problem = task.read(row)
+        except KeyError as error:
+            raise ValueError(f"{where} has no field {error}") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where} {first_line(error)}") from error
+        if problem and problem["question"] in seen:
+            raise ValueError(f"{where} asks the same as {seen[problem['question']][0]}: remove one of "
+                             "them")
+        if problem:
+            seen[problem["question"]] = where, problem
+    problems, size = [problem for _, problem in seen.values()], task.group
     if size == 1:
-        return [{"question": question, "answers": [answer]} for question, answer in rows]
-    if len(rows) < size:
+        return problems
+    if len(problems) < size:
         raise ValueError(f"task {name!r} puts {size} questions into a problem, and there are only "
-                         f"{len(rows)}")
-    rows = random.Random(0).sample(rows, len(rows))
-    groups = [rows[i:i + size] for i in range(0, len(rows) - size + 1, size)][:SAMPLES]
-    return [{"question": FIVE + "\n".join(f" {k}. {asked}" for k, (asked, _) in enumerate(group, 1)),
-             "answers": [answer for _, answer in group]} for group in groups]
+                         f"{len(problems)}")
+    problems = random.Random(0).sample(problems, len(problems))
+    groups = [problems[i:i + size] for i in range(0, len(problems) - size + 1, size)][:SAMPLES]
+    return [{"question": FIVE + "\n".join(f" {k}. {one['question']}" for k, one in enumerate(group, 1)),
+             "answers": [one["answers"][0] for one in group]} for group in groups]
 
 
 def clean(answer):
@@ -98,26 +171,17 @@ def clean(answer):
 
 
 def from_file(path):
-    """(question, answer) of each line of a JSONL file."""
-    seen = {}  # question -> (the number of its line, answer)
+    """(where it stands, row) of each line of a JSONL file."""
     for number, line in enumerate(read_text(path, "data file").lstrip("\ufeff").split("\n"), start=1):
-        where, fields = f"line {number} of {path!r}", "each line needs the fields question and answer"
+        where = f"line {number} of {path!r}"
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON ({first_line(error)}); {fields}") from error
-        row = row if isinstance(row, dict) else {}
-        question, answer = row.get("question"), row.get("answer")
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"{where} has no question; {fields}")
-        if not clean(answer):
-            raise ValueError(f"{where} has no answer: the field answer has to be a text or a number")
-        if question in seen:
-            raise ValueError(f"{where} asks the same as line {seen[question][0]}: remove one of them")
-        seen[question] = number, answer
-    return [(question, answer) for question, (_, answer) in seen.items()]
+            raise ValueError(f"{where} is not JSON ({first_line(error)}); each line needs the fields "
+                             "of a problem") from error
+        yield where, row if isinstance(row, dict) else {}
 
 
 def label(path):
@@ -126,37 +190,54 @@ def label(path):
 
 
 def from_hub(task):
-    """(question, answer) of each row of a data set on the Hugging Face hub."""
-    name, configuration, split = task.source
+    """(where it stands, row) of each row of a data set on the Hugging Face hub."""
+    name, arguments = task.source
     try:
         # Here, because it takes seconds, and only the hub's tasks need it.
         from datasets import load_dataset
-        rows = load_dataset(name, configuration, split=split)
-        return [(row[task.question], row[task.answer]) for row in rows]
+        rows = load_dataset(name, **arguments)
     except Exception as error:  # its errors differ with the version
         raise ValueError(f"the data set {name!r} could not be loaded from the Hugging Face hub "
                          f"({first_line(error)}); give a local file with --data FILE") from error
+    return [(f"row {number} of {name!r}", row) for number, row in enumerate(rows)]
 
 
 # ---------------------------------------------------------------------------------------------- grading
 
-def grade(answer, golds):
+def mark(answer, problem):
+    """How good is an answer (or a program, or None) to a problem of `load`? (score from 0 to 1, was
+    there anything to look at?)"""
+    if "tests" in problem and (answer or "").strip():
+        return float(all(programs.passes(answer, test) for test in problem["tests"])), True
+    return grade(answer, problem["answers"], problem.get("error", 0))
+
+
+def grade(answer, golds, error=0):
     """Compare an answer with the right ones, position by position.
 
     Numbers, LaTeX, sets, intervals and so on are compared as mathematics. What cannot be understood is
-    wrong.
+    wrong. error: so far may a number be off.
 
     Returns:
         (score from 0 to 1, was there anything to compare?)
     """
-    from math_verify import parse, verify
-    if not (answer or "").strip():
+    if not golds or not (answer or "").strip():
         return 0.0, False
     given = [answer] if len(golds) == 1 else positions(answer, len(golds))
-    understood = [parse(tidy(part)) for part in given]
-    scores = [bool(mine) and verify(parse(tidy(gold)), mine) and same_kind(gold, part)
-              for gold, mine, part in zip(golds, understood, given)]
-    return sum(scores) / len(golds), any(map(bool, understood))
+    found = [same(gold, part, error) for gold, part in zip(golds, given)]
+    return sum(filter(None, found)) / len(golds), any(one is not None for one in found)
+
+
+def same(gold, answer, error=0):
+    """Is an answer right? None: it cannot be understood."""
+    from math_verify import parse, verify
+    mine, theirs = parse(tidy(answer)), parse(tidy(gold))
+    if not mine:
+        return None
+    with contextlib.suppress(TypeError, ValueError, IndexError, AttributeError):
+        if error and abs(float(mine[0]) - float(theirs[0])) <= 1.01 * error:
+            return True
+    return verify(theirs, mine) and same_kind(gold, answer)
 
 
 def tidy(answer):

@@ -38,7 +38,7 @@ from appendix.command import option  # noqa: E402
 
 query_rotation = import_module("04_query_rotation")
 generate = import_module("06_generate")
-evaluation = import_module("07_eval_limo")
+methods = import_module("appendix.methods")
 
 TEAM = Path(__file__).resolve().parent / "team"  # the trained model
 NAMES = protocol.NAMES[:4]  # the model knows these four
@@ -208,7 +208,7 @@ def train(folder, seed, steps):
 # Workers see all; finished steps of others; nothing of them; or finished steps that are encoded anew.
 WAYS = {" workers": ("combined", generate.Hogwild), ", step-wise": ("interleaved", generate.Hogwild),
         ", independent": ("independent", generate.Hogwild),
-        ", re-encoded": ("combined", evaluation.Reencode)}
+        ", re-encoded": ("combined", methods.Reencode)}
 METHODS = {"1 worker": ("combined", generate.Hogwild, 1)} | {
     f"{workers}{way}": (*how, workers) for way, how in WAYS.items() for workers in (2, 4)}
 ROW = {"problem": int, "method": str, "right": bool, "passes": int, "seconds": float, "again": int,

@@ -1,5 +1,6 @@
 """What several test files share: random models, a short prompt, runs whose logits are kept, guests."""
 import copy
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 
@@ -15,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from appendix import guests, models
+from appendix import batching, guests, models, protocol
 
 generate = import_module("06_generate")
 # A short prompt keeps the oracle's passes small.
@@ -93,16 +94,22 @@ def random_model(kind):
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
+def nobody_answers(monkeypatch):
+    """Let no text count as an answer."""
+    form = replace(protocol.FORMS["box"], find=lambda *_: None)
+    monkeypatch.setitem(protocol.FORMS, "box", form)
+
+
 def often(monkeypatch, every):
     """Let steps end by the length of their text, so that they end at different times and often."""
     natural = generate.step_ended
     monkeypatch.setattr(generate, "step_ended", lambda text: natural(text) or len(text) % every == 0)
-    monkeypatch.setattr(generate, "find_boxed", lambda *arguments: None)
+    nobody_answers(monkeypatch)
 
 
 def settings_for(layout, workers, seed=0, **others):
     """A short prompt, checks inserted every now and then, sampling."""
-    return generate.Settings(workers=generate.NAMES[:workers], layout=layout, seed=seed, max_passes=200,
+    return generate.Settings(workers=protocol.NAMES[:workers], layout=layout, seed=seed, max_passes=200,
                              check_every=30, prompt=SHORT, **others)
 
 
@@ -124,7 +131,9 @@ def happen(events, run, number):
             if what == "say":
                 guests.say(run, "Eve", f"Is it {number}?")
             elif what == "add" and len(run.workers) < 5:
-                guests.add(run, f"Newcomer{number}.{len(run.workers)}")
+                names = {event[1] for event in run.events} | {w.name for w in run.workers}
+                guests.add(run, next(name for name in map("Newcomer{}.{}".format, [number] * 9, range(9))
+                                     if name not in names))
             elif what == "dismiss" and len(run.workers) > 1:
                 guests.dismiss(run, run.workers[number % len(run.workers)].name)
 
@@ -140,3 +149,15 @@ def runs(draw):
 LOOPS = st.sampled_from([generate.Hogwild, generate.Hogwild, Reencode])
 EVENTS = st.one_of(st.just([]), st.lists(st.tuples(
     st.integers(0, 29), st.sampled_from(["say", "add", "dismiss"])), min_size=1, max_size=6))
+
+
+def evaluated(runs, budgets, early_stop=True):
+    """What chapter 7's `evaluate` returns for runs that have a cache of their own, each."""
+    current = []
+
+    def remembered():
+        for run in runs:
+            current[:] = [run]
+            yield run
+    job = import_module("07_eval_limo").evaluate(remembered(), {"answers": ["7"]}, budgets, early_stop)
+    return batching.alone(job, lambda groups: [current[0].fed(*groups)])

@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from appendix import command, journal, models, products, screen  # noqa: E402
+from appendix import command, engine, journal, models, products, protocol, screen  # noqa: E402
 from appendix.command import option  # noqa: E402
 
 rope = import_module("01_rope_shift")
@@ -221,7 +221,7 @@ def passes(stock, options, rows):
     results = {workers: [] for workers in (0, *options.workers)}  # 0: the stock model's one sequence
     for tokens in lengths:
         mine = partial(shared_step, ours, tokens, ropes=query_rotation.attach(ours),
-                       forward=generate.best_forward(options.device, "triton" if gpu else "torch"))
+                       forward=engine.best_forward(options.device, "triton" if gpu else "torch"))
         steps, times = [mine(workers=workers) for workers in options.workers], []
         # A model has one attention at a time. Ours is first: a capture that fails may spoil later ones.
         if gpu:
@@ -335,7 +335,7 @@ def details(rows):
         (moving,), (passing,) = take_turns([move], 7), take_turns([step], 7)
         add(rows, history=length, moved=80, moving_ms=1e3 * moving, of_a_pass_of_4=moving / passing)
     run = generate.Hogwild(model, tokenizer, "one two three four five six seven eight nine ten " * 190,
-                           generate.Settings(workers=generate.NAMES[:4], prompt="{problem}"))
+                           generate.Settings(workers=protocol.NAMES[:4], prompt="{problem}"))
     start = {"opening": {w.name: w.text for w in run.workers}, "moves": True, "context": run.context}
     inside = []  # seconds in the model
     model.register_forward_pre_hook(lambda *_: inside.append(-clock()))

@@ -58,13 +58,22 @@ class Memory(RuleBasedStateMachine):
     @precondition(lambda self: len(self.capacities) < 8)
     @rule(capacity=st.sampled_from([5, 1, 0]))
     def make(self, capacity):
-        """One more block, perhaps after others were written: then the memory grows, and moves."""
+        """One more block, in free slots or behind all others; perhaps after others were written."""
+        slots, fits = self.cache.slots, [s for s in self.cache.free if len(s) >= capacity]
         block = self.cache.block(capacity)
-        assert (block.start, block.capacity, block.length) == (sum(self.capacities), capacity, 0)
-        assert self.cache.blocks[-1] is block and self.cache.slots == block.start + capacity
+        assert block.start == (fits[0].start if fits else slots)
+        assert (block.capacity, block.length) == (capacity, 0) and self.cache.blocks[-1] is block
+        assert self.cache.slots == slots + (0 if fits else capacity)
         self.capacities.append(capacity)
         self.tokens.append([])
-        self.addresses = []
+
+    @precondition(lambda self: len(self.tokens) > 2)
+    @rule(data=st.data())
+    def discard(self, data):
+        """A block goes, and what is in it; its slots are free."""
+        b = data.draw(st.integers(0, len(self.tokens) - 1))
+        self.cache.discard([self.cache.blocks[b]])
+        del self.tokens[b], self.capacities[b]
 
     def refuses(self, action, *args):
         """In one line; and nothing changes, which is checked after every rule."""
@@ -83,7 +92,7 @@ class Memory(RuleBasedStateMachine):
             return self.refuses(self.cache.reserve, writers)
         self.cache.reserve(writers)
         places = [(b, len(self.tokens[b]) + i) for b, count in counts.items() for i in range(count)]
-        assert self.cache.new_slots.tolist() == [sum(self.capacities[:b]) + j for b, j in places]
+        assert self.cache.new_slots.tolist() == [self.cache.blocks[b].start + j for b, j in places]
         new = [[(self.random(h, d), self.random(h, dv)) for h, d, dv, _ in LAYERS] for _ in places]
         for (b, _), token in zip(places, new):
             self.tokens[b].append(token)
@@ -154,8 +163,10 @@ class Memory(RuleBasedStateMachine):
 
     @invariant()
     def blocks_hold_what_was_put_in(self):
-        """Each block holds its list's vectors, rotated to their places in the list; and nothing changes
-        its address unless a block was made."""
+        """Each block holds its list's vectors, rotated to their places in the list; slots belong to one
+        block or are free; and nothing changes its address unless the memory grew."""
+        spans = [range(b.start, b.start + b.capacity) for b in self.cache.blocks] + self.cache.free
+        assert sorted(slot for span in spans for slot in span) == [*range(self.cache.slots)]
         assert [block.length for block in self.cache.blocks] == [len(tokens) for tokens in self.tokens]
         for layer in self.cache.keys:
             keys, values = self.cache.keys[layer], self.cache.values[layer]
@@ -168,9 +179,10 @@ class Memory(RuleBasedStateMachine):
                     assert error <= (1 + self.moves) * ROTATION
                     assert torch.equal(values[:, slots], held)
         tensors = [t for memory in (self.cache.keys, self.cache.values) for t in memory.values()]
-        assert all(t.shape[1] == self.cache.slots for t in tensors)
-        addresses = [t.data_ptr() for t in tensors]
-        assert not self.addresses or self.addresses == addresses
+        assert all(t.shape[1] <= self.cache.slots for t in tensors)
+        addresses = [(t.shape[1], t.data_ptr()) for t in tensors]
+        assert not self.addresses or all(before[1] == now[1] for before, now in zip(
+            self.addresses, addresses) if before[0] == now[0])
         self.addresses = addresses
 
 

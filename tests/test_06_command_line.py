@@ -16,7 +16,7 @@ from conftest import ROOT
 from helpers import tiny
 from rich.console import Console
 
-from appendix import command, journal, models, products, screen
+from appendix import command, journal, models, products, protocol, screen
 from appendix.puzzles import EXAMPLE, Puzzle
 
 generate = import_module("06_generate")
@@ -145,12 +145,12 @@ def test_the_live_display_runs_on_a_terminal(saved, tmp_path):
 def test_sixteen_workers_fit_on_a_narrow_terminal():
     """Too many for columns: everybody still has a line with the end of what they write."""
     console = Console(file=io.StringIO(), width=80, height=40, force_terminal=True)
-    start = {"opening": {name: f"words of {name}" for name in generate.NAMES}, "moves": True,
+    start = {"opening": {name: f"words of {name}" for name in protocol.NAMES}, "moves": True,
              "context": 100}
     display = screen.Screen("What is 3 + 4?", start, console=console)
     console.print(display.frame())
     shown = console.file.getvalue()
-    assert all(f"words of {name}" in shown for name in generate.NAMES) and "What is 3 + 4?" in shown
+    assert all(f"words of {name}" in shown for name in protocol.NAMES) and "What is 3 + 4?" in shown
 
 
 def test_parts_have_colours_and_the_question_is_always_there():

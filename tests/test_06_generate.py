@@ -5,7 +5,7 @@ from importlib import import_module
 import oracle
 import pytest
 import torch
-from helpers import MODELS, PROBLEM, SHORT, run_and_record, tiny
+from helpers import MODELS, PROBLEM, SHORT, nobody_answers, run_and_record, tiny
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from appendix import products, protocol
@@ -85,15 +85,15 @@ def test_every_pass_equals_the_oracle(packed, monkeypatch, layout, workers):
     model, tokenizer = packed
     natural = generate.step_ended
     monkeypatch.setattr(generate, "step_ended", lambda text: natural(text) or len(text) % 29 == 0)
-    settings = generate.Settings(workers=generate.NAMES[:workers], layout=layout, greedy=True,
+    settings = generate.Settings(workers=protocol.NAMES[:workers], layout=layout, greedy=True,
                                  max_passes=100,
                                  check_every=50, prompt=SHORT)
-    monkeypatch.setattr(generate, "find_boxed", lambda *_: None)
+    nobody_answers(monkeypatch)
     run, history, logits = run_and_record(model, tokenizer, settings, 100)
     model.set_attn_implementation("sdpa")
     if run.layout.moves:
         closed = [c["worker"] for record in run.passes for c in record["closed"]]
-        assert {*closed} == {*generate.NAMES[:workers]} and any(len(record["closed"]) == 1
+        assert {*closed} == {*protocol.NAMES[:workers]} and any(len(record["closed"]) == 1
                                                                 for record in run.passes)
     worst = 0.0
     naive = oracle.follow(model, tokenizer, layout, settings.workers, history, run.passes)
@@ -199,7 +199,7 @@ def test_checks_come_once_per_so_many_tokens(smollm, monkeypatch):
     seeded."""
     model, tokenizer = tiny("llama"), smollm[1]
     monkeypatch.setattr(generate, "step_ended", lambda text: len(text) % 5 == 4)
-    monkeypatch.setattr(generate, "find_boxed", lambda *_: None)
+    nobody_answers(monkeypatch)
 
     def checks(every, seed=0):
         settings = generate.Settings(max_passes=60, check_every=every, prompt=SHORT, seed=seed)
@@ -220,7 +220,7 @@ def test_a_full_step_is_closed_and_nothing_is_dropped(smollm, monkeypatch):
     """A step that never ends is closed when its room is used up; every fed token is in a block."""
     model, tokenizer = tiny("llama"), smollm[1]
     monkeypatch.setattr(generate, "step_ended", lambda text: False)
-    monkeypatch.setattr(generate, "find_boxed", lambda *_: None)
+    nobody_answers(monkeypatch)
     settings = generate.Settings(max_passes=150, max_step=16, prompt=SHORT)
     run, history, _ = run_and_record(model, tokenizer, settings, 150)
     closed = [c for record in run.passes for c in record["closed"]]
@@ -233,7 +233,7 @@ def test_a_full_step_is_closed_and_nothing_is_dropped(smollm, monkeypatch):
 def test_the_run_stops_and_answers_before_the_context_ends(smollm, layout, workers):
     """With a context of 240 tokens the run ends in time, with an answer, and no view is ever longer."""
     model, tokenizer = smollm
-    settings = generate.Settings(workers=generate.NAMES[:workers], prompt=SHORT, context=240,
+    settings = generate.Settings(workers=protocol.NAMES[:workers], prompt=SHORT, context=240,
                                  layout=layout)
     run, longest = generate.Hogwild(model, tokenizer, PROBLEM, settings), []
     forward = run.forward
@@ -253,7 +253,7 @@ def test_a_run_that_needs_more_room_ends_and_answers(smollm, monkeypatch):
     lost."""
     model, tokenizer = tiny("llama"), smollm[1]
     monkeypatch.setattr(generate, "step_ended", lambda text: len(text) > 0)
-    monkeypatch.setattr(generate, "find_boxed", lambda *_: None)
+    nobody_answers(monkeypatch)
     run = generate.Hogwild(model, tokenizer, PROBLEM, generate.Settings(max_passes=2000, prompt=SHORT,
                                                                         context=10**6))
     while run.ending is None:
@@ -268,7 +268,7 @@ def test_memory_is_what_a_run_is_likely_to_need(smollm):
     model, tokenizer = tiny("llama"), smollm[1]
     slots = {}
     for layout, workers in (("independent", 1), ("independent", 2), ("combined", 2)):
-        settings = generate.Settings(workers=generate.NAMES[:workers], layout=layout, max_passes=8192,
+        settings = generate.Settings(workers=protocol.NAMES[:workers], layout=layout, max_passes=8192,
                                      context=10**6)
         run = generate.Hogwild(model, tokenizer, PROBLEM, settings)
         slots[layout, workers] = run.cache.slots - run.history.length
@@ -351,7 +351,7 @@ def test_other_architectures_equal_the_oracle(smollm, monkeypatch, name, layout)
     within 1e-3."""
     model, tokenizer = tiny(name), smollm[1]
     monkeypatch.setattr(generate, "step_ended", lambda text: len(text) % 7 == 0)
-    monkeypatch.setattr(generate, "find_boxed", lambda *_: None)
+    nobody_answers(monkeypatch)
     settings = generate.Settings(workers=["A", "Beatrix", "C"], layout=layout, max_passes=30,
                                  prompt=SHORT, temperature=1.0)
     run, history, logits = run_and_record(model, tokenizer, settings, 30)
@@ -375,7 +375,7 @@ def test_eight_runs_in_one_pass_write_what_they_write_alone(smollm):
              ("combined", 4), ("interleaved", 1), ("independent", 1)]
     alone, together = [], []
     for number, (layout, workers) in enumerate(kinds):
-        settings = generate.Settings(workers=generate.NAMES[:workers], layout=layout, seed=number,
+        settings = generate.Settings(workers=protocol.NAMES[:workers], layout=layout, seed=number,
                                      prompt=SHORT,
                                      max_passes=12 + number, check_every=30, forbid_special=False)
         problem = PROBLEM + " Please." * number

@@ -371,7 +371,7 @@ def test_special_tokens_in_a_problem_are_text():
 
 def test_names_and_forbidden_words():
     """The workers' names in order; headings, ends of thought and special tokens are never written."""
-    assert generate.NAMES[:4] == ["Alice", "Bob", "Carol", "Dave"] and len(set(generate.NAMES)) == 16
+    assert protocol.NAMES[:4] == ["Alice", "Bob", "Carol", "Dave"] and len(set(protocol.NAMES)) == 16
     assert generate.Settings().forbid == ["</think>", "##", " ##", "###", " ###", "####", " ####"]
     run, _ = start()
     ids = {tokenizer().decode([i]) for i in run.sampler.forbidden.tolist()}

@@ -47,7 +47,7 @@ PLAIN = ["--model", models.BUNDLED, "--task", "own"]
 ARGUMENTS = [*PLAIN, "--methods", "baseline", "hogwild:2", "--budgets", "2", "4", "--limit", "4",
              "--seeds", "0", "1", "--device", "cpu", "--out"]
 SHORT = [*PLAIN, "--methods", "baseline", "no-early-stop", "--budgets", "1", "2", "--limit", "2",
-         "--device", "cpu", "--answer-tokens", "1", "--out"]
+         "--device", "cpu", "--answer-tokens", "1", "--batch", "1", "--out"]
 
 
 def lines_of(path):
@@ -143,7 +143,7 @@ def test_a_fault_is_recorded_and_the_rest_goes_on(without_loading, tmp_path, mon
     start = evaluation.runs_of
 
     def fail(spec, model, tokenizer, question, *others):
-        if "have together" in question and broken:
+        if "have together" in question["question"] and broken:
             raise RuntimeError("broken on purpose")
         return start(spec, model, tokenizer, question, *others)
 
@@ -184,24 +184,37 @@ def test_five_faults_in_a_row_end_it(without_loading, tmp_path, monkeypatch, cap
         raise RuntimeError("out of memory")
     monkeypatch.setattr(evaluation, "runs_of", fail)
     path = tmp_path / "out.jsonl"
-    assert call([*ARGUMENTS, str(path)]) == 1
-    assert "five runs in a row failed" in capsys.readouterr().err
+    assert call([*ARGUMENTS, str(path), "--batch", "1"]) == 1
+    assert "5 runs in a row failed" in capsys.readouterr().err
     assert len(lines_of(path)) == 10 == len(calls)
     assert sum(bool(row["error"]) for row in lines_of(path)) == 9
+    # Side by side, as long as more are at work than have failed, these may do better.
+    calls.clear()
+    path, broken = tmp_path / "side.jsonl", iter([True] * 5 + [False] * 99)
+
+    def fail_late(run):
+        if next(broken):
+            raise RuntimeError("out of memory")
+        return "1"
+    monkeypatch.setattr(evaluation, "runs_of", start)
+    monkeypatch.setattr(generate.Hogwild, "written_answer", fail_late)
+    assert call([*ARGUMENTS, str(path), "--batch", "16"]) == 1
+    assert "runs failed" in capsys.readouterr().err
+    assert len(lines_of(path)) == 16 and sum(bool(row["error"]) for row in lines_of(path)) == 5
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interrupting_keeps_what_was_done(without_loading, calm, tmp_path, monkeypatch, capsys, name):
     """Ctrl-C or SIGTERM in the third run: exit code 130, two results are kept, the same command goes
     on."""
-    advance, passes, path = generate.Hogwild.advance, [], tmp_path / "out.jsonl"
+    take, passes, path = generate.Hogwild.take, [], tmp_path / "out.jsonl"
 
-    def interrupt(run):
+    def interrupt(run, tokens):
         passes.append(1)
         if len(passes) == 6:
             signal.raise_signal(getattr(signal, name))
-        return advance(run)
-    monkeypatch.setattr(generate.Hogwild, "advance", interrupt)
+        return take(run, tokens)
+    monkeypatch.setattr(generate.Hogwild, "take", interrupt)
     assert call([*SHORT, str(path)]) == 130
     assert len(lines_of(path)) == 2 and "goes on" in capsys.readouterr().err
     monkeypatch.undo()

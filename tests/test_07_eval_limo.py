@@ -7,18 +7,19 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from helpers import tiny, tokenizer
+from helpers import evaluated, tiny, tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
-from appendix import curves, models
+from appendix import curves, methods, models, protocol
 
 evaluation = import_module("07_eval_limo")
 generate = import_module("06_generate")
 layouts = import_module("03_layouts")
 shared_cache = import_module("02_shared_cache")
 QUESTION = "How much is 3 + 4?"
+PROBLEM = methods.Problem(QUESTION, 1, 9)
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +30,13 @@ def toy():
 
 def start(spec, toy, **others):
     """The runs of a method on the question."""
-    return evaluation.runs_of(spec, *toy, QUESTION, generate.Settings(**others))
+    return evaluation.runs_of(spec, *toy, {"question": QUESTION, "answers": ["7"]},
+                              generate.Settings(**others))
 
 
 def stage(toy, kind, prompts, at_once=None, **others):
     """One run of writers with prompts of their own."""
-    told = generate.Settings(**{"workers": generate.NAMES[:len(prompts)], **evaluation.SOLO, **others})
+    told = generate.Settings(**{"workers": protocol.NAMES[:len(prompts)], **methods.SOLO, **others})
     return kind(*toy, QUESTION, told, prompts=prompts, at_once=at_once)
 
 
@@ -73,7 +75,7 @@ def test_a_sample_is_a_sequential_run(toy):
     team = run_to_end(run, 40)
     assert len({tuple(tokens) for tokens in team.values()}) == 3
     for name in ("Alice", "Bob", "Carol"):
-        told = generate.Settings(workers=[name], max_passes=40, seed=5, **evaluation.SOLO)
+        told = generate.Settings(workers=[name], max_passes=40, seed=5, **methods.SOLO)
         assert run_to_end(generate.Hogwild(*toy, QUESTION, told), 40)[name] == team[name]
 
 
@@ -89,7 +91,7 @@ def test_a_sample_ends_with_its_own_answer(toy, monkeypatch):
         assert run.written_answer() is None
     first, second = run.workers
     assert first.finished and not second.finished and run.boxed is None and run.ending is None
-    assert evaluation.written(run)[0].startswith("so \\boxed{7}.\n\n")
+    assert methods.written(run)[0].startswith("so \\boxed{7}.\n\n")
     assert len(run.ids[second.block]) == 20 and run.written_answer() is None
     fed, forward, lengths = [], run.forward, [block.length for block in run.cache.blocks]
     run.forward = lambda model, cache, tables, ids, *others: (
@@ -105,12 +107,12 @@ def test_a_thread_is_a_sequential_run(toy, at_once):
     """Three threads with different prompts, all at once or two taking turns: each as if it ran alone."""
     prompts = [("Tell me about cats. Point 1: fur", "1. fur"), ("Tell me about cats. Point 2: paws", ""),
                ("Tell me about cats. Tails", "T")]
-    run = stage(toy, evaluation.Stage, prompts, at_once, max_passes=60, greedy=True)
+    run = stage(toy, methods.Stage, prompts, at_once, max_passes=60, greedy=True)
     together = run_to_end(run, 30)
     assert sum(map(len, together.values())) == 30 * (at_once or 3)
     assert {len(tokens) for tokens in together.values()} == {10 * (at_once or 3)}  # turns are fair
     for name, prompt in zip(run.settings.workers, prompts):
-        alone = stage(toy, evaluation.Stage, [prompt], max_passes=60, greedy=True, workers=[name])
+        alone = stage(toy, methods.Stage, [prompt], max_passes=60, greedy=True, workers=[name])
         assert run_to_end(alone, len(together[name]))[name] == together[name]
         ids = ids_of(models.chat(toy[1], "", prompt[0])) + ids_of(prompt[1])
         assert alone.ids[alone.history] + alone.ids[alone.workers[0].block][:1] == ids
@@ -118,20 +120,13 @@ def test_a_thread_is_a_sequential_run(toy, at_once):
 
 def test_turns_stay_fair_when_somebody_has_finished(toy):
     """Two of four take turns; one of them has finished: the other three write equally often."""
-    run = stage(toy, evaluation.Threads, [("a", ""), ("b", ""), ("c", ""), ("d", "")], 2, max_passes=60)
+    run = stage(toy, methods.Threads, [("a", ""), ("b", ""), ("c", ""), ("d", "")], 2, max_passes=60)
     run.workers[2].finished = True
     sampled = [list(run.advance()["sampled"]) for _ in range(12)]
     assert [sum(name in names for names in sampled) for name in run.settings.workers] == [8, 8, 0, 8]
 
 
 PLAN = "1. red.\n\n2. green\n3. blue"
-OUTLINE = ("Plan how to answer the question below, without answering it. Write a numbered list of 3 to\n"
-           "10 points (1., 2., 3., ...) that can be worked on independently of each other, each of 3 to "
-           "5 words.\n\n" + QUESTION)
-POINT = ("This question is answered by several writers, each of whom works on one point of a plan.\n\n"
-         + QUESTION + "\n\nThe plan:\n" + PLAN + "\n\nYou work on point 2 and on no other. Reason step "
-         "by step, and put the result of your point\nwithin \\boxed{}.")
-
 
 @pytest.mark.parametrize("spec, threads", [("skeleton", 3), ("skeleton:2", 2)])
 def test_skeleton_of_thought_goes_through_its_stages(toy, monkeypatch, spec, threads):
@@ -150,15 +145,18 @@ def test_skeleton_of_thought_goes_through_its_stages(toy, monkeypatch, spec, thr
         return [script[written[id(w)]] if written[id(w)] < len(script) else 42 for w in writing]
 
     monkeypatch.setattr(generate.Hogwild, "sample", sample)
-    result = evaluation.evaluate(start(spec, toy, max_passes=80, greedy=True), ["7"], [4, 80])
+    result = evaluated(start(spec, toy, max_passes=80, greedy=True), [4, 80])
     first, second, third = runs
     assert result["passes"] == 80 == sum(len(run.passes) for run in runs)
     assert result["ending"] == "passes"
     assert seen[:len(outline) + 1] == [1] * (len(outline) + 1) and seen[len(outline) + 1] == threads
     assert result["tokens"] == sum(seen) == len(outline) + 1 + 3 * (len(thread) + 1) + third.generated
-    assert first.settings.max_passes == 128 and first.prompts == [(OUTLINE, "1.")]
+    assert first.settings.max_passes == 128
+    assert first.prompts == [(methods.OUTLINE.format(problem=QUESTION), "1.")]
     assert [begun for _, begun in second.prompts] == ["1. red.", "2. green", "3. blue"]
-    assert second.prompts[1][0] == POINT and second.workers[1].finished
+    told = methods.POINT.format(problem=QUESTION, outline=PLAN, number=2)
+    assert second.prompts[1][0] == told and second.workers[1].finished
+    assert QUESTION in told and PLAN in told and "Continue point 2," in told and "\\boxed{}" in told
     really = "It is done.\n\nReally\n\n"
     assert third.prompts == [(QUESTION + "\n\nReason step by step, and put your final answer within "
                               "\\boxed{}.", f"1. red. {really}2. green {really}3. blue {really}")]
@@ -175,16 +173,16 @@ def test_the_points_of_a_plan(toy, plan, points):
     class Written:
         passes, workers = [], [type("Worker", (), {"name": "A", "text": plan[2:]})]
     asked = []
-    stages = evaluation.skeleton(lambda loop, *_, **__: (
-        asked.append(loop.keywords["prompts"]) or Written), QUESTION, None)
+    stages = methods.skeleton(lambda loop, *_, **__: (
+        asked.append(loop.keywords["prompts"]) or Written), PROBLEM, None)
     next(stages), next(stages)
     assert [begun for _, begun in asked[1]] == points and "\n" + plan[:2] + " " in asked[1][0][0]
-    assert all(f"on point {k} and" in told for k, (told, _) in enumerate(asked[1], 1))
+    assert all(f"Continue point {k}," in told for k, (told, _) in enumerate(asked[1], 1))
 
 
 def test_words_of_a_model_are_no_special_tokens(toy):
     """What somebody wrote cannot end a turn of the chat format, where it stands in a later prompt."""
-    run = stage(toy, evaluation.Stage, [("plan <|im_end|>", "1. <|im_start|>")])
+    run = stage(toy, methods.Stage, [("plan <|im_end|>", "1. <|im_start|>")])
     ids = run.ids[run.history] + run.workers[0].pending
     names = "<|im_end|>", "<|im_start|>"
     special = [ids.count(toy[1].convert_tokens_to_ids(token)) for token in names]
@@ -198,7 +196,7 @@ def test_a_stage_beyond_the_context_ends_the_method(toy):
     def stages():
         yield run
         raise generate.TooLong("the prompt is too long")
-    result = evaluation.evaluate(stages(), ["7"], [2, 9])
+    result = evaluated(stages(), [2, 9])
     assert result["ending"] == "context" and result["passes"] == 4
     assert result["answers"]["9"] == {**result["answers"]["9"], "answer": run.answer(), "passes": 4}
 
@@ -237,11 +235,11 @@ def test_every_method_is_what_it_says(toy):
         assert run.layout is layouts.LAYOUTS[what[0]]
         opening = toy[1].decode(run.workers[0].pending).strip()
         assert run.layout.headers == opening.startswith("**Alice [1]:**")
-        assert isinstance(run, evaluation.Reencode) == (spec == "re-encode:16")
-        assert isinstance(run, evaluation.Samples) == (spec == "self-consistency:5")
-    result = evaluation.evaluate(start("no-early-stop", toy, max_passes=4), ["7"], [2, 4], False)
+        assert isinstance(run, methods.Reencode) == (spec == "re-encode:16")
+        assert isinstance(run, methods.Samples) == (spec == "self-consistency:5")
+    result = evaluated(start("no-early-stop", toy, max_passes=4), [2, 4], False)
     assert result["answers"]["4"]["answer"] is None
-    result = evaluation.evaluate(start("baseline", toy, max_passes=4), ["7"], [2, 4])
+    result = evaluated(start("baseline", toy, max_passes=4), [2, 4])
     assert isinstance(result["answers"]["4"]["answer"], str)
     assert [evaluation.method(spec)[0] for spec in ("hogwild", "hogwild:4", "baseline:1", "skeleton",
             "skeleton:1")] == ["hogwild:2", "hogwild:4", "baseline", "skeleton", "skeleton:1"]
@@ -251,10 +249,10 @@ def test_one_run_answers_at_every_budget(toy):
     """The answers at 5, 10 and 15 passes are those of runs that were asked only once."""
     short = {"max_passes": 15, "answer_tokens": 6}
     for spec in ("hogwild:2", "self-consistency:2", "baseline", "skeleton"):
-        often = evaluation.evaluate(start(spec, toy, seed=2, **short), ["7"], [5, 10, 15])
+        often = evaluated(start(spec, toy, seed=2, **short), [5, 10, 15])
         assert [entry["passes"] for entry in often["answers"].values()] == [5, 10, 15]
         for budget in (5, 10, 15):
-            once = evaluation.evaluate(start(spec, toy, seed=2, **short), ["7"], [budget])
+            once = evaluated(start(spec, toy, seed=2, **short), [budget])
             assert once["answers"][str(budget)]["answer"] == often["answers"][str(budget)]["answer"]
         assert once["text"] == often["text"] and once["tokens"] == often["tokens"]
 
@@ -289,9 +287,9 @@ def test_an_answer_does_not_depend_on_other_budgets(toy, spec, budgets, seed):
     early, some = spec != "no-early-stop", sorted(budgets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate.Hogwild, "sample", scripted)
-        every, few = (evaluation.evaluate(
-            start(spec, toy, max_passes=asked[-1], seed=seed, answer_tokens=2), ["7"], asked, early)
-            for asked in (list(range(1, 17)), some))
+        told = {"seed": seed, "answer_tokens": 2}
+        every, few = (evaluated(start(spec, toy, max_passes=asked[-1], **told), asked, early)
+                      for asked in (list(range(1, 17)), some))
 
     def at(result, budget):
         return {key: value for key, value in result["answers"][str(budget)].items() if key != "seconds"}
@@ -435,9 +433,9 @@ def test_every_seed_is_a_run_of_its_own(toy, tmp_path, monkeypatch):
                             "--limit=1", "--answer-tokens=2", "--seeds", "0", "7"]) == 0
     _, rows = evaluation.read([path])
     for row in rows:
-        question, told = evaluation.tasks.OWN[0][0], generate.Settings(max_passes=6, seed=row["seed"],
-                                                                       answer_tokens=2)
-        alone = evaluation.evaluate(evaluation.runs_of("baseline", *toy, question, told), ["48"], [6])
+        told = generate.Settings(max_passes=6, seed=row["seed"], answer_tokens=2)
+        problem = evaluation.tasks.load("own")[0]
+        alone = evaluated(evaluation.runs_of("baseline", *toy, problem, told), [6])
         assert alone["text"] == row["text"]
     assert [row["seed"] for row in rows] == [0, 7] and rows[0]["text"] != rows[1]["text"]
 

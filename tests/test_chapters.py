@@ -15,8 +15,8 @@ from mutations import MUTATIONS
 CHAPTERS = sorted(path.name for path in ROOT.glob("0[0-9]_*.py"))
 APPENDIX = sorted(f"appendix/{path.name}" for path in (ROOT / "appendix").glob("*.py"))
 POSSIBLE = [f"appendix/{name}.py" for name in (
-    "compare_teams", "demo", "encode_run", "ideal_team", "learn_to_collaborate", "moved_steps",
-    "puzzles", "tiny_team", "training")]
+    "compare_teams", "demo", "encode_run", "ideal_team", "judge", "learn_to_collaborate", "methods",
+    "moved_steps", "programs", "puzzles", "tiny_team", "training")]
 RUN = [*CHAPTERS, "appendix/encode_run.py", "appendix/learn_to_collaborate.py",
        "appendix/moved_steps.py", "appendix/tiny_team.py"]
 
@@ -47,11 +47,11 @@ def tokens(path):
 
 
 def test_the_house_is_small():
-    """Chapters: 17,500 tokens together; what they stand on in the appendix: 13,200; what they make
-    possible: 13,800; no file over 450 lines, no line over 105 columns."""
+    """Chapters: 17,500 tokens together; what they stand on in the appendix: 14,700; what they make
+    possible: 17,600; no file over 450 lines, no line over 105 columns."""
     assert 10_000 < sum(map(tokens, CHAPTERS)) <= 17_500
-    assert sum(map(tokens, {*APPENDIX} - {*POSSIBLE})) <= 13_200 and {*POSSIBLE} < {*APPENDIX}
-    assert sum(map(tokens, POSSIBLE)) <= 13_800
+    assert sum(map(tokens, {*APPENDIX} - {*POSSIBLE})) <= 14_700 and {*POSSIBLE} < {*APPENDIX}
+    assert sum(map(tokens, POSSIBLE)) <= 17_600
     for path in [*CHAPTERS, *APPENDIX, *(f"tests/{path.name}"
                                          for path in (ROOT / "tests").glob("*.py"))]:
         lines = (ROOT / path).read_text().splitlines()

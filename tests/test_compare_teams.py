@@ -92,7 +92,7 @@ def test_sharing_a_pass_changes_nothing(setting):
 @pytest.mark.parametrize("method, layout, loop, workers", [
     ("1", "combined", generate.Hogwild, 1), ("3", "combined", generate.Hogwild, 3),
     ("steps:2", "interleaved", generate.Hogwild, 2), ("alone:4", "independent", generate.Hogwild, 4),
-    ("anew:2", "combined", compare_teams.evaluation.Reencode, 2),
+    ("anew:2", "combined", compare_teams.methods.Reencode, 2),
     ("untaught:2", "combined", generate.Hogwild, 2)])
 def test_a_method_is_a_layout_and_a_loop(method, layout, loop, workers):
     """One run of so many workers on the whole problem, until it is over."""

@@ -4,9 +4,9 @@ from functools import partial
 from importlib import import_module
 
 import pytest
-from helpers import PROBLEM, SHORT, random_model, tokenizer
+from helpers import PROBLEM, SHORT, evaluated, random_model, tokenizer
 
-from appendix import models, protocol
+from appendix import methods, models, protocol
 
 layouts = import_module("03_layouts")
 generate = import_module("06_generate")
@@ -55,7 +55,7 @@ def test_a_new_layout_wants_words_in_the_prompt(monkeypatch):
     silent, independent = (start(layout=layout, seed=3) for layout in ("silent", "independent"))
     assert silent.prompt == independent.prompt and "Reason step by step" in silent.prompt
     monkeypatch.setitem(protocol.VIEWS, "left", "- Your neighbour's step comes first.")
-    run = start(layout="left", workers=generate.NAMES[:3])
+    run = start(layout="left", workers=protocol.NAMES[:3])
     assert "- Your neighbour's step" in run.prompt and "{" not in run.prompt.replace("\\boxed{}", "")
     alice, bob, carol = (w.block for w in run.workers)
     views = [run.view(w) for w in run.workers]
@@ -77,7 +77,7 @@ def test_a_layout_with_other_words(monkeypatch, layout, workers):
     monkeypatch.setitem(layouts.LAYOUTS, "other", layout)
     for word in ("mine", "theirs"):
         monkeypatch.setitem(protocol.SEPARATORS, word, f"\n\n### {word}")
-    run = start(layout="other", workers=generate.NAMES[:workers], prompt=SHORT, answer_tokens=2)
+    run = start(layout="other", workers=protocol.NAMES[:workers], prompt=SHORT, answer_tokens=2)
     run.advance(), run.advance()
     own = [w.block for w in run.workers]
     assert run.view(run.workers[-1], final=True) == [run.history, *own]
@@ -116,8 +116,8 @@ def test_only_the_end_of_the_context_ends_a_method_early():
         yield start(layout="independent", workers=["A"], max_passes=2)
         raise error
     long = generate.TooLong("the prompt is too long")
-    assert evaluation.evaluate(stages(long), ["7"], [9])["ending"] == "context"
-    refused("NaN", evaluation.evaluate, stages(ValueError("NaN")), ["7"], [9])
+    assert evaluated(stages(long), [9])["ending"] == "context"
+    refused("NaN", evaluated, stages(ValueError("NaN")), [9])
     with pytest.raises(generate.TooLong, match="shorten"):
         start(context=100)
 
@@ -127,8 +127,8 @@ def test_only_the_end_of_the_context_ends_a_method_early():
     ({"workers": ["A", "B", "C"]}, "2 prompts for 3 workers")])
 def test_a_stage_has_its_own_settings(others, words):
     """A prompt per worker, and no headers: they would be written nowhere."""
-    loop = partial(evaluation.Stage, prompts=[("a", ""), ("b", "")])
-    settings = {**evaluation.SOLO, "workers": ["A", "B"]}
+    loop = partial(methods.Stage, prompts=[("a", ""), ("b", "")])
+    settings = {**methods.SOLO, "workers": ["A", "B"]}
     assert len(start(loop, **settings).workers) == 2
     refused(words, start, loop, **{**settings, **others})
 
@@ -138,14 +138,15 @@ def test_a_method_of_several_runs(monkeypatch):
     def relay(start, problem, workers):
         first = start(generate.Hogwild, workers, max_passes=3)
         yield first
-        prompt = f"Go on: {evaluation.written(first)[0]}"
-        yield start(partial(evaluation.Stage, prompts=[(prompt, "")]), 1, **evaluation.SOLO)
+        prompt = f"Go on: {methods.written(first)[0]}"
+        yield start(partial(methods.Stage, prompts=[(prompt, "")]), 1, **methods.SOLO)
     monkeypatch.setitem(evaluation.METHODS, "relay", (relay, {"layout": "contiguous"}, 2))
     told = generate.Settings(seed=1, max_passes=9, prompt=SHORT, answer_tokens=2)
-    runs = list(evaluation.runs_of("relay:3", random_model("llama"), tokenizer(), PROBLEM, told))
+    asked = {"question": PROBLEM, "answers": ["7"]}
+    runs = list(evaluation.runs_of("relay:3", random_model("llama"), tokenizer(), asked, told))
     assert [len(run.workers) for run in runs] == [3, 1]
     assert [run.settings.layout for run in runs] == ["contiguous", "independent"]
     assert [run.settings.max_passes for run in runs] == [3, 9] and runs[0].settings.seed == 1
-    result = evaluation.evaluate(evaluation.runs_of("relay", random_model("llama"), tokenizer(), PROBLEM,
-                                                    told), ["7"], [5, 8])
+    result = evaluated(evaluation.runs_of("relay", random_model("llama"), tokenizer(), asked, told),
+                       [5, 8])
     assert result["passes"] == 8 and len(result["text"]) == 3

@@ -190,35 +190,87 @@ def test_problems_of_five_are_drawn_from_all(tmp_path):
 
 
 def test_how_long_an_answer_may_be():
-    """Paper, appendix C: 16 tokens, and 64 where answers are expressions; where each data set is."""
-    hub = {name: (task.answer_tokens, *task.source, task.question, task.answer, task.group)
-           for name, task in tasks.TASKS.items() if len(task.source) != 2}
+    """Paper, appendix C: 16 tokens, 64 where answers are expressions, 1,024 where they are programs; and
+    where each data set is."""
+    hub = {name: (task.answer_tokens, task.source[0], task.source[1]["name"], task.source[1]["split"],
+                  task.group) for name, task in tasks.TASKS.items() if task.source}
     fresh = {name: task.answer_tokens for name, task in tasks.TASKS.items() if name not in hub}
-    assert fresh == {"lists": 40, "plans": 40, "reworded": 40, "races": 16}  # ten numbers, or a letter
-    olympiad = "Hothan/OlympiadBench"
+    # (ten numbers, or a letter)
+    assert fresh == {"lists": 40, "plans": 40, "reworded": 40, "races": 16, "own": 16}
     assert hub == {
-        "own": (16, "question", "answer", 1),
-        "limo": (16, "GAIR/LIMO", None, "train", "question", "answer", 1),
-        "aime25": (16, "math-ai/aime25", None, "test", "problem", "answer", 1),
-        "olympiad-maths": (64, olympiad, "OE_TO_maths_en_COMP", "train", "question", "final_answer", 1),
-        "olympiad-physics": (64, olympiad, "OE_TO_physics_en_COMP", "train", "question", "final_answer",
-                             1),
-        "gsm8k-x5": (16, "openai/gsm8k", "main", "test", "question", "answer", 5),
-        "math500": (64, "HuggingFaceH4/MATH-500", None, "test", "problem", "answer", 1)}
+        "limo": (16, "GAIR/LIMO", None, "train", 1), "aime25": (16, "math-ai/aime25", None, "test", 1),
+        "olympiad-maths": (64, "Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", 1),
+        "olympiad-physics": (64, "Hothan/OlympiadBench", "OE_TO_physics_en_COMP", "train", 1),
+        "gsm8k-x5": (16, "openai/gsm8k", "main", "test", 5),
+        "math500": (64, "HuggingFaceH4/MATH-500", None, "test", 1),
+        "livecodebench": (1024, "livecodebench/code_generation_lite", None, "train", 1)}
+    files = tasks.TASKS["livecodebench"].source[1]["data_files"]  # release_v5 has all up to its own
+    assert files == ["test.jsonl", "test2.jsonl", "test3.jsonl", "test4.jsonl", "test5.jsonl"]
+    assert {task.form for name, task in tasks.TASKS.items() if name != "livecodebench"} == {"box"}
 
 
-def test_problems_from_the_hub(monkeypatch):
-    """The columns that a task names; a data set that lacks one is an error in a sentence."""
-    def load_dataset(name, configuration, split):
-        assert (name, configuration, split) == ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train")
-        return [{"question": "Q?", "final_answer": ["$4$"]},
-                {"question": "R?", "final_answer": ["1", "2"]}]
-    monkeypatch.setattr(import_module("datasets"), "load_dataset", load_dataset)
-    assert tasks.load("olympiad-maths") == [{"question": "Q?", "answers": ["$4$"]},
-                                            {"question": "R?", "answers": ["1, 2"]}]
+# Rows with the columns that the data sets have; what stands in them is ours.
+OLYMPIAD = {"id": 1, "question": "Find $x$.", "solution": ["..."], "final_answer": ["$4$"],
+            "context": None, "image_1": None, "modality": "Text-only", "difficulty": "Competition",
+            "is_multiple_answer": False, "unit": None, "answer_type": "Numerical", "error": None,
+            "question_type": "Open-ended", "subfield": "Algebra", "subject": "Math",
+            "language": "English"}
+ROWS = {
+    "limo": {"question": "How much is 3 + 4?", "solution": "...", "answer": "7"},
+    "aime25": {"problem": "How much is 3 + 4?", "answer": "7", "id": "0"},
+    "math500": {"problem": "How much is 3 + 4?", "solution": "...", "answer": "7", "subject": "Algebra",
+                "level": 1, "unique_id": "test/1.json"},
+    "olympiad-maths": OLYMPIAD, "olympiad-physics": {**OLYMPIAD, "context": "A train stands still."}}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_problems_from_the_hub(monkeypatch, name):
+    """Read from the columns that the data sets have; one that lacks them is an error in a sentence."""
+    asked = []
+    monkeypatch.setattr(import_module("datasets"), "load_dataset",
+                        lambda *what, **how: asked.append((what, how)) or [ROWS[name]])
+    problem, = tasks.load(name)
+    assert asked == [(tasks.TASKS[name].source[:1], tasks.TASKS[name].source[1])]
+    assert tasks.mark("4" if "olympiad" in name else "7", problem) == (1.0, True)
+    assert ("Find $x$." if "olympiad" in name else "How much is 3 + 4?") in problem["question"]
     monkeypatch.setattr(import_module("datasets"), "load_dataset", lambda *_, **__: [{"other": "Q?"}])
-    with pytest.raises(ValueError, match="math-ai/aime25.*problem.*--data"):
-        tasks.load("aime25")
+    with pytest.raises(ValueError, match="row 0 of '.*' has no (question|field)"):
+        tasks.load(name)
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no network\nat all")
+    monkeypatch.setattr(import_module("datasets"), "load_dataset", unreachable)
+    with pytest.raises(ValueError, match="could not be loaded.*no network.*--data FILE"):
+        tasks.load(name)
+
+
+def olympiad(**others):
+    """A problem of OlympiadBench."""
+    return tasks.olympiad({**OLYMPIAD, **others})
+
+
+def test_a_problem_of_an_olympiad():
+    """What it refers to comes first, what is wanted last, by the answer's type; units; many answers."""
+    text = olympiad(context="A train stands still.", unit="m/s")["question"]
+    assert text.startswith("A train stands still.\n\nFind $x$.\n\nThe answer is a number.")
+    assert text.endswith("in units of m/s; leave the unit out.")
+    text = olympiad(is_multiple_answer=True, answer_type="Equation")["question"]
+    assert "several answers, each of them an equation: give all of them, separated by commas." in text
+    assert olympiad(answer_type="Need_human_evaluate")["question"] == "Find $x$."
+    problem = olympiad(is_multiple_answer=True, final_answer=["$1$", "$-3$"])
+    assert tasks.mark("-3, 1", problem)[0] == tasks.mark("1,-3", problem)[0] == 1
+    assert tasks.mark("1, 3", problem)[0] == tasks.mark("1", problem)[0] == 0
+
+
+@pytest.mark.parametrize("gold, error, right, wrong", [
+    ("$2.36 \\times 10^{4}$", "5e2", ["23600", "2.4 \\times 10^4", "23150"], ["23000", "2.36", "x"]),
+    ("9.8", "0.1", ["9.8", "9.7", "9.9", "\\frac{98}{10}"], ["9.6", "10", ""]),
+    ("$4$", None, ["4", "4.0"], ["4.001", "5"]), ("$4$", "", ["4"], ["4.001"])])
+def test_some_answers_may_be_off(gold, error, right, wrong):
+    """By the tolerance that the problem states, and no more."""
+    problem = olympiad(final_answer=[gold], error=error)
+    assert all(tasks.mark(answer, problem)[0] == 1 for answer in right)
+    assert all(tasks.mark(answer, problem)[0] == 0 for answer in wrong)
 
 
 GOOD = '{"question": "a", "answer": "1"}\n'

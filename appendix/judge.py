@@ -1,0 +1,217 @@
+r"""Appendix: how well do they collaborate? A model judges runs, on levels from 1 to 6.
+
+Paper, section 4.3 and appendix H. The runs are those of chapter 7's files: workers who do not see each
+other (self-consistency), who see finished steps (interleaved), who see every token (hogwild). A judge is
+given all that each worker wrote, one worker after the other (whoever writes short steps must not look
+livelier than who does not), three times with different randomness; the level of a run is the mean.
+
+Who judges: any model of transformers, or whatever speaks OpenAI's protocol (--endpoint, with the key in
+OPENAI_API_KEY; pip install openai). A judge that cannot put our own six conversations
+(judge_examples.json) into their order is worth little: --calibrate shows what it makes of them.
+
+    python appendix/judge.py limo.jsonl --model Qwen/Qwen3-8B --device cuda --out levels.jsonl
+"""
+import json
+import os
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from appendix import command, curves, engine, journal, models, protocol, results, tasks  # noqa: E402
+from appendix.command import option  # noqa: E402
+
+generate = import_module("06_generate")
+methods = import_module("appendix.methods")
+
+EXAMPLES = Path(__file__).resolve().parent / "judge_examples.json"
+LEVELS = """\
+1. Nothing in common. They may greet each other, or mention that somebody is there. Each of them solves
+   the problem from beginning to end, as if alone.
+2. First words. They tell each other things, but nobody does anything with what was told. The same work
+   is done twice, often without anybody noticing.
+3. Attention. Now and then (one to three times each) somebody takes up what another one said, mostly in
+   order to confirm it or to compare results. Work is hardly divided, or at the beginning only.
+4. Conversation. Taking up each other's results, asking, answering, correcting happens regularly (four
+   times each, or more), and not only at the beginning somebody proposes who does what, beyond one who
+   calculates and one who checks. Some work is still done twice.
+5. A team that adapts. Hardly anything is done twice, and no words are wasted. They divide the work,
+   change the plan when a result or a mistake asks for it, find out where a mistake came from, and go on
+   like that to the end.
+6. As one. Everybody grasps at once what the others need, and the problem is solved in the best way that
+   so many could. Very rare: only for what surpasses all that one could have wished for."""
+RULES = r"""You judge how well several workers collaborate. Below is what they wrote while they solved a
+problem together. All of them wrote at the same time, and could perhaps read what others were writing,
+word by word. Here, everything that one worker wrote stands together, worker after worker. It may look
+like a conversation and be several monologues; or the reverse.
+
+These are the levels:
+{levels}
+
+A level is reached only if all levels below it are. To work on the same problem, even with the same
+result, is level 1: without any exchange it is no more. An attempt to exchange that comes to nothing is
+level 2. When in doubt, choose the lower one, and keep level 6 for the extraordinary. Judge how they work
+together, not whether they are right, and do not solve the problem.
+
+What they were asked:
+{problem}
+
+What they wrote:
+{text}
+
+That was all. Your task is to judge their collaboration, not to go on with theirs. Say briefly, for each
+level from 1 upwards, what shows that it is reached, until one is not. End with the highest level that is
+reached, a number from 1 to 6 within \boxed{{}}."""
+VOTES = 3
+ROW = {"method": str, "problem": int, "seed": int, "levels": [(int, None)]}
+
+
+@dataclass
+class Options(models.Options):
+    """The command line."""
+
+    endpoint: str | None = option(None, "URL of a server with OpenAI's protocol; --model: which of its")
+    calibrate: bool = option(False, "judge the six examples instead")
+    limit: int | None = option(None, "the first N problems only")
+    seed: int = option(0, "of the judge's randomness")
+    words: int = option(1024, "longest verdict, in tokens")
+    out: str | None = option(None, "keep verdicts in this file; what is in there is not judged again")
+    png: str | None = option(None, "draw the levels (the paper's figure 7)")
+
+    def __post_init__(self):
+        """Raise ValueError, one sentence, if something makes no sense."""
+        command.at_least(self, limit=1, seed=0, words=16)
+        command.distinct(out=self.out, png=self.png)
+        if self.png and not self.png.endswith(".png"):
+            raise ValueError(f"--png draws a PNG, so {self.png!r} has to end in .png")
+
+
+def page(texts):
+    """All that was written, worker after worker: a list of texts -> one text."""
+    return "\n\n".join(f"--- {name} ---\n{text.strip()}" for name, text in zip(protocol.NAMES, texts))
+
+
+def level_of(verdict):
+    """The level that a verdict ends with, or None."""
+    said = protocol.find_boxed(verdict) or ""
+    return int(said) if said in list("123456") else None
+
+
+# ------------------------------------------------------------------------------------------ who judges
+
+def local(options):
+    """A judge: a model of transformers, in chapter 6's loop. prompt, seed -> verdict."""
+    model, tokenizer = models.prepared(options)
+    forward = engine.best_forward(model.device, options.attention)
+
+    def judge(prompt, seed):
+        settings = generate.Settings(1, max_passes=options.words, check_every=0, seed=seed,
+                                     prompt="{problem}", **methods.SOLO)
+        run = generate.Hogwild(model, tokenizer, prompt, settings, forward)
+        while run.ending is None:
+            run.advance()
+        return methods.written(run)[0]
+    return judge
+
+
+def remote(options):
+    """A judge behind an endpoint. prompt, seed -> verdict."""
+    try:
+        from openai import OpenAI, OpenAIError
+    except ImportError as error:
+        raise ValueError("--endpoint needs another package: pip install openai") from error
+    client = OpenAI(base_url=options.endpoint, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+
+    def judge(prompt, seed):
+        try:
+            told = [{"role": "user", "content": prompt}]
+            said = client.chat.completions.create(model=options.model, messages=told, seed=seed,
+                                                  max_tokens=options.words)
+        except OpenAIError as error:
+            raise ValueError(f"the judge at {options.endpoint} did not answer: "
+                             f"{command.first_line(error)}") from error
+        return said.choices[0].message.content or ""
+    return judge
+
+
+def levels(judge, problem, texts, seed):
+    """What the judge says of a run, VOTES times: a list of levels; None: a verdict without one."""
+    prompt = RULES.format(levels=LEVELS, problem=problem, text=page(texts))
+    return [level_of(judge(prompt, seed + vote)) for vote in range(VOTES)]
+
+
+# -------------------------------------------------------------------------------------- the command line
+
+def examples(judge, seed):
+    """What the judge makes of the six examples: prints it; returns whether it found their order."""
+    given = json.loads(EXAMPLES.read_text(encoding="utf-8"))
+    found = [levels(judge, given["problem"], texts, seed) for texts in given["levels"]]
+    means = [mean(filter(None, votes)) if any(votes) else 0 for votes in found]
+    for number, (votes, one) in enumerate(zip(found, means), start=1):
+        print(f"level {number}: judged {one:.2f}  {votes}")
+    return means == sorted(means) and len({*means}) == len(means)
+
+
+def report(rows, png):
+    """Print, and draw, the mean level of each method with its 95 % interval."""
+    table = {}
+    for row in rows:
+        if any(row["levels"]):
+            table.setdefault(row["method"], []).append(mean(filter(None, row["levels"])))
+    print(f"{'method':20}{'runs':>6}{'level':>8}{'95 % interval':>18}")
+    bars = {name: (len(found), *curves.difference(found, 0)) for name, found in table.items()}
+    for name, (count, middle, low, high) in bars.items():
+        print(f"{name:20}{count:6}{middle:8.2f}{f'{low:.2f} – {high:.2f}':>18}")
+    if png and bars:
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axis = figure.subplots()
+        _, middle, low, high = np.array([*bars.values()]).T
+        axis.bar([*bars], middle, yerr=[middle - low, high - middle], capsize=6, alpha=0.7)
+        axis.set(ylim=(1, 6), ylabel="level of collaboration (1 to 6), with 95 % intervals")
+        figure.savefig(png, dpi=130)
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code."""
+    parser = command.Parser(Options, description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="*", help="results of chapter 7")
+    parser.add_argument("--data", help="the file of problems, if chapter 7 was given one")
+    options, rest = parser.read(argv)
+    if bool(rest.files) == options.calibrate:
+        raise ValueError("give files of results of chapter 7, or else --calibrate")
+    judge = remote if options.endpoint else local
+    if options.calibrate:
+        if not examples(judge(options), options.seed):
+            raise command.Failed("this judge does not put the examples into their order")
+        print("[OK] this judge puts the examples into their order")
+        return 0
+    files = [file for path in rest.files for file in results.files_of(path) or [path]]
+    header, rows = results.read(files)
+    rows = [row for row in results.one_each(rows) if not row["error"] and len(row["text"]) > 1]
+    if not rows:
+        raise ValueError(f"there is no run of several workers in {', '.join(rest.files)}")
+    problems = tasks.load(header["task"], rest.data)[:options.limit]
+    rows = [row for row in rows if row["problem"] < len(problems)]
+    about = {name: getattr(options, name) for name in ("model", "seed", "words")}
+    about["task"] = header["task"]
+    console = Console()
+    with journal.Journal(options.out, "levels", about, ROW, durable=True) as out:
+        done = {results.key_of(row) for row in out.rows}
+        todo = [row for row in rows if results.key_of(row) not in done]
+        judge = judge(options) if todo else None
+        for row in track(todo, "judging", console=console, disable=not console.is_terminal):
+            found = levels(judge, problems[row["problem"]]["question"], row["text"], options.seed)
+            out.add({name: row[name] for name in ("method", "problem", "seed")} | {"levels": found})
+        report(out.rows, options.png)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.one_sentence(main))

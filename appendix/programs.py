@@ -1,0 +1,147 @@
+r"""Appendix: programs that a model wrote, against tests (LiveCodeBench).
+
+A program is somebody else's code. So it runs in a box made by bubblewrap (https://github.com/containers/
+bubblewrap, Debian's package of that name): it sees the system's files, read-only, and an empty folder;
+no network, no other process, no file of ours; and limits of time, memory, processes, files and output
+hold for all that it starts. When the box goes, everything in it goes. What is expected never enters it:
+a program gets its input, and what it prints is compared outside.
+"""
+import base64
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import zlib
+from dataclasses import dataclass
+
+SECONDS, MEMORY, PROCESSES, OUTPUT = 6, 4 * 2**30, 32, 2**24  # of each test (bytes)
+NOBODY = 65534  # who runs a box, if we are root
+
+
+@dataclass(frozen=True)
+class Test:
+    """An input and what is to come out. function: the name of the one that is called with the input, a
+    JSON value per line; None: the program reads standard input."""
+
+    input: str
+    output: str
+    function: str | None = None
+
+
+# ----------------------------------------------------------------------------------------- the data set
+
+class Plain(pickle.Unpickler):
+    """Loads texts, numbers and lists; nothing that could run code."""
+
+    def find_class(self, module, name):
+        """Refuse."""
+        raise ValueError(f"tests that want to load {module}.{name}")
+
+
+def tests_of(row):
+    """The Tests of a row of LiveCodeBench (code_generation_lite), public ones first.
+
+    Raises:
+        ValueError: a field is missing, or is not what it should be.
+    """
+    try:
+        public, private = json.loads(row["public_test_cases"]), row["private_test_cases"]
+        if not private.lstrip().startswith("["):  # pickled, compressed
+            packed = zlib.decompressobj().decompress(base64.b64decode(private), 2**30)
+            private = Plain(io.BytesIO(packed)).load()
+        function = json.loads(row["metadata"] or "{}").get("func_name")
+        return [Test(one["input"], one["output"], function if one["testtype"] == "functional" else None)
+                for one in public + json.loads(private)]
+    except (KeyError, TypeError, AttributeError, ValueError, EOFError, zlib.error,
+            pickle.UnpicklingError) as error:
+        raise ValueError(f"a row of LiveCodeBench lacks tests that can be read: {error}") from error
+
+
+# --------------------------------------------------------------------------------------------- the box
+
+# Calls a function of the program (LeetCode's are methods of Solution) with a JSON value per line.
+CALL = """
+import json as _json, sys as _sys
+_given = [_json.loads(line) for line in _sys.stdin.read().splitlines() if line.strip()]
+_called = getattr(Solution() if "Solution" in globals() else _sys.modules["__main__"], {function!r})
+print(_json.dumps(_called(*_given)))
+"""
+IMPORTS = """from typing import *
+from collections import *
+from itertools import *
+from functools import *
+from heapq import *
+from bisect import *
+from math import *
+import collections, itertools, functools, heapq, bisect, math, re, string, random, sys, operator
+sys.setrecursionlimit(50000)
+"""
+
+
+def check():
+    """Raise ValueError, one sentence, unless boxes can be made here."""
+    if not shutil.which("bwrap"):
+        raise ValueError("programs that a model wrote run in a box, which needs bubblewrap: apt install "
+                         "bubblewrap (Linux)")
+    if run("print(input()[::-1])", "abc") != "cba\n":
+        raise ValueError("bubblewrap cannot make a box here (are user namespaces allowed?), and without "
+                         "one no program of a model is run")
+
+
+def run(program, given):
+    """What a program prints, given this standard input; None: it failed, or wanted too much."""
+    root = os.geteuid() == 0  # root needs no user namespace, and hands over to nobody inside
+    box = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--new-session",
+           "--die-with-parent", "--clearenv", "--proc", "/proc", "--dev", "/dev"]
+    box += [] if root else ["--unshare-user", "--cap-drop", "ALL"]
+    for path in ("/usr", "/lib", "/lib64", "/bin"):
+        box += ["--ro-bind-try", path, path]
+    box += ["--ro-bind", sys.base_prefix, "/python"]  # (it may stand in a folder that is root's alone)
+    box += ["--perms", "1777", "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    box += ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all",
+            "--no-new-privs"] if root else []
+    python = os.path.realpath(sys.executable)
+    box += ["prlimit", f"--as={MEMORY}", f"--nproc={PROCESSES}", f"--fsize={OUTPUT}", f"--cpu={SECONDS}",
+            "--core=0", python.replace(sys.base_prefix, "/python"), "-I", "-S", "-c", program]
+    with tempfile.TemporaryFile() as printed:
+        try:
+            done = subprocess.run(box, input=given.encode(), stdout=printed, stderr=subprocess.DEVNULL,
+                                  timeout=SECONDS, start_new_session=True, check=False)
+        except subprocess.TimeoutExpired:
+            return None
+        printed.seek(0)
+        return None if done.returncode else printed.read(OUTPUT).decode(errors="replace")
+
+
+def passes(code, test):
+    """Does the program give what the test expects?"""
+    call = CALL.format(function=test.function) if test.function else ""
+    printed = run(IMPORTS + code + call, test.input)
+    if printed is None:
+        return False
+    if test.function:
+        try:
+            return json.loads(printed.strip().split("\n")[-1]) == json.loads(test.output)
+        except ValueError:
+            return False
+    return same_lines(printed, test.output)
+
+
+def same_lines(printed, expected):
+    """Compare what was printed line by line, as texts or as numbers, spaces at the ends aside."""
+    mine, theirs = ([line.split() for line in text.strip().split("\n")] for text in (printed, expected))
+    if len(mine) != len(theirs):
+        return False
+    return all(a == b or numbers(a) == numbers(b) is not None for a, b in zip(mine, theirs))
+
+
+def numbers(words):
+    """The words as numbers, or None."""
+    try:
+        return [float(word) for word in words]
+    except ValueError:
+        return None

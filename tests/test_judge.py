@@ -1,0 +1,118 @@
+"""The judge of collaboration: what it is shown, how verdicts are read and kept; a server's stand-in."""
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from appendix import command, journal, judge, results
+
+
+def call(*arguments):
+    """Exit code of the command line."""
+    try:
+        return command.one_sentence(lambda: judge.main([*map(str, arguments)]))
+    except SystemExit as ended:
+        return ended.code
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A file of chapter 7 with two methods and two problems."""
+    path = tmp_path / "eval.jsonl"
+    header = {"model": "m", "task": "own", "data": None, "budgets": [4]}
+    answer = {"4": {"answer": "1", "score": 0.0, "understood": True, "passes": 4, "seconds": 1.0}}
+    with journal.Journal(str(path), "evaluation", header, results.ROW) as out:
+        for method, texts in (("hogwild:2", ["I add.", "I see you add."]), ("baseline", ["alone"]),
+                              ("self-consistency:2", ["mine", "mine too"])):
+            for problem in (0, 1):
+                out.add({"method": method, "problem": problem, "seed": 0, "error": None,
+                         "answers": answer, "ending": "passes", "text": texts})
+    return path
+
+
+def test_verdicts_are_read():
+    """The last box with a level in it; anything else is none."""
+    said = {"\\boxed{3}": 3, "Level \\boxed{1}? No: \\boxed{4}.": 4, "\\boxed{7}": None, "4": None,
+            "\\boxed{}": None, "\\boxed{ 2 }": 2}
+    assert {text: judge.level_of(text) for text in said} == said
+
+
+def test_the_judge_sees_worker_after_worker(runs, monkeypatch, capsys):
+    """Three verdicts per run of several workers, each with another seed; the mean, and its interval."""
+    shown = []
+
+    def one(options):
+        def verdict(prompt, seed):
+            shown.append((prompt, seed))
+            return f"So \\boxed{{{5 if 'I see you' in prompt else seed % 2 + 1}}}"
+        return verdict
+    monkeypatch.setattr(judge, "local", one)
+    out = runs.parent / "levels.jsonl"
+    assert call(runs, "--out", out, "--png", runs.parent / "l.png") == 0
+    text = capsys.readouterr().out
+    assert re.search(r"hogwild:2 +2 +5\.00", text)
+    assert re.search(r"self-consistency:2 +2 +1\.33", text)
+    assert "baseline" not in text and len(shown) == 12 and {seed for _, seed in shown} == {0, 1, 2}
+    first = next(prompt for prompt, _ in shown if "I see you" in prompt)
+    assert "--- Alice ---\nI add.\n\n--- Bob ---\nI see you add." in first
+    assert "12 books" in first and "1. Nothing in common" in first
+    assert (runs.parent / "l.png").read_bytes()[:4] == b"\x89PNG"
+    assert call(runs, "--out", out) == 0 and len(shown) == 12  # what is in there is not judged again
+
+
+def test_calibration(monkeypatch, capsys):
+    """A judge who knows our examples puts them in order; one who says the same of all does not."""
+    given = json.loads(judge.EXAMPLES.read_text())
+    levels = {judge.page(texts): number for number, texts in enumerate(given["levels"], 1)}
+    assert len(levels) == 6
+    monkeypatch.setattr(judge, "local", lambda options: lambda prompt, seed: next(
+        f"\\boxed{{{number}}}" for page, number in levels.items() if page in prompt))
+    assert call("--calibrate") == 0 and "[OK]" in capsys.readouterr().out
+    monkeypatch.setattr(judge, "local", lambda options: lambda prompt, seed: "\\boxed{3}")
+    assert call("--calibrate") == 1 and "order" in capsys.readouterr().err
+
+
+class Stand(BaseHTTPRequestHandler):
+    """A server that speaks OpenAI's protocol, a little."""
+
+    def do_POST(self):  # noqa: N802
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(asked)
+        message = {"role": "assistant", "content": "I think \\boxed{4}"}
+        body = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"],
+                           "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_):
+        """Quiet."""
+
+
+def test_a_server_may_judge(runs, capsys):
+    """By OpenAI's protocol; if nobody answers, one sentence."""
+    pytest.importorskip("openai", reason="the package openai is optional")
+    server = HTTPServer(("127.0.0.1", 0), Stand)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    assert call(runs, "--endpoint", url, "--model", "some-model") == 0
+    server.shutdown()
+    server.server_close()
+    assert "4.00" in capsys.readouterr().out and len(server.asked) == 12
+    assert {asked["model"] for asked in server.asked} == {"some-model"}
+    assert call(runs, "--endpoint", url, "--model", "some-model") == 2
+    assert "did not answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "--calibrate"), (["x.jsonl", "--calibrate"], "--calibrate"), (["nowhere.jsonl"], "nowhere"),
+    (["--calibrate", "--png", "x.jpg"], ".png"), (["--calibrate", "--limit", "0"], "at least 1")])
+def test_wrong_input_is_refused_in_one_sentence(arguments, words, capsys):
+    """Exit code 2, one line, no traceback."""
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and "Traceback" not in error, error

@@ -1,0 +1,182 @@
+"""The rivals of chapter 7 against what their papers say; workers write what a test tells them."""
+from importlib import import_module
+
+import pytest
+from helpers import tiny, tokenizer
+
+from appendix import batching, methods, protocol
+
+evaluation, generate = import_module("07_eval_limo"), import_module("06_generate")
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """(a tiny random model, a tokenizer)."""
+    return tiny("llama"), tokenizer()
+
+
+def start_with(toy, **others):
+    """What a method is given to make runs with; collects them in start.runs."""
+    def start(kind, count, **differs):
+        told = generate.Settings(**{"workers": protocol.NAMES[:count], "greedy": True, **methods.SOLO,
+                                    **others, **differs})
+        start.runs.append(kind(*toy, "How much is 3 + 4?", told))
+        return start.runs[-1]
+    start.runs = []
+    return start
+
+
+def let_write(monkeypatch, run, texts):
+    """Workers write these texts (by name), token by token; afterwards, the model's own words."""
+    words = {name: iter(run.encode(text)) for name, text in texts.items()}
+    pick = type(run).sample
+
+    def sample(logits):
+        own = pick(run, logits)
+        return [next(words[w.name], token) if w.name in words else token
+                for w, token in zip(run.next_writers(), own)]
+    monkeypatch.setattr(run, "sample", sample)
+    for _ in range(max(len(run.encode(text)) for text in texts.values())):
+        if run.ending is None:
+            run.advance()
+
+
+PROBLEM = methods.Problem("How much is 3 + 4?", 1, 60)
+
+
+def test_a_vote_counts_numbers_not_texts(toy, monkeypatch):
+    r"""Three boxed answers, two of them the same number; then a tie; then one who has to be asked."""
+    start = start_with(toy)
+    for said, wanted in [(("3", "\\frac{1}{2}", "0.5"), "\\frac{1}{2}"), (("5", "3", "3"), "3"),
+                         (("4", "5", "6"), "4")]:
+        run = start(methods.Votes, 3)
+        let_write(monkeypatch, run, {name: f"So \\boxed{{{answer}}}.\n\n"
+                                     for name, answer in zip(protocol.NAMES, said)})
+        assert all(w.finished for w in run.workers) and run.answer() == wanted
+    run = start(methods.Votes, 3)
+    let_write(monkeypatch, run, {"Alice": "So \\boxed{9}.\n\n", "Carol": "So \\boxed{9}.\n\n"})
+    fed, lengths = [], [block.length for block in run.cache.blocks]
+    forward = run.forward
+    run.forward = lambda model, cache, tables, ids, *others: (
+        fed.append(ids) or forward(model, cache, tables, ids, *others))
+    assert run.answer() == "9" and fed[0] == run.workers[1].pending + run.finisher
+    assert [block.length for block in run.cache.blocks] == lengths
+
+
+def test_who_has_not_answered_is_asked_alone(toy):
+    """Each of two samples says, side by side, what it says when it is asked alone."""
+    both = start_with(toy)(methods.Votes, 2, greedy=False, seed=3)
+    alone = [start_with(toy)(methods.Votes, 1, workers=[name], greedy=False, seed=3)
+             for name in protocol.NAMES[:2]]
+    for run in (both, *alone):
+        for _ in range(8):
+            run.advance()
+    answers = []
+    both.combined = lambda said: answers.extend(said)
+    both.answer()
+    assert answers == [run.answer() for run in alone]
+
+
+def test_a_skeleton_of_several_numbers_joins_its_threads(toy, monkeypatch):
+    r"""The paper's GSM8K x 5: the answers are those within the threads' \boxed{}, in order; no third
+    stage. For one number, somebody goes on behind all that was written."""
+    start = start_with(toy)
+    stages = methods.skeleton(start, PROBLEM._replace(parts=2), None)
+    outline = next(stages)
+    assert "3 to 10 points" in outline.prompt + outline.decode(outline.ids[outline.history])
+    let_write(monkeypatch, outline, {"Alice": " Add three.\n2. Add four.\n"})
+    threads = next(stages)
+    opened = [threads.decode(threads.ids[threads.history] + w.pending) for w in threads.workers]
+    assert len(opened) == 2 and opened[0].endswith("1. Add three.") and "2. Add four" in opened[1]
+    let_write(monkeypatch, threads, {"Alice": " It is \\boxed{3}.\n\n", "Bob": " It is \\boxed{4}.\n\n"})
+    assert threads.answer() == "3, 4" and next(stages, None) is None
+    stages = methods.skeleton(start, PROBLEM, None)
+    let_write(monkeypatch, next(stages), {"Alice": " Add three.\n2. Add four.\n"})
+    let_write(monkeypatch, next(stages), {"Alice": " Three is \\boxed{3}.\n\n", "Bob": " Four.\n\n"})
+    last = next(stages)
+    read = last.decode(last.ids[last.history] + last.workers[0].pending)
+    assert "Three is \\boxed{3}." in read and "2. Add four. Four." in read.replace("\n", " ")
+
+
+def test_in_a_debate_everybody_reads_the_others(toy, monkeypatch):
+    """Two rounds with half of the passes each; in the second, each has its own text and the others'."""
+    stages = methods.debate(start_with(toy), PROBLEM, 3)
+    first = next(stages)
+    assert first.settings.max_passes == PROBLEM.passes // 2
+    let_write(monkeypatch, first, {name: f"I say {name.lower()}.\n\n\\boxed{{1}}.\n\n"
+                                   for name in protocol.NAMES[:3]})
+    second = next(stages)
+    for w, name in zip(second.workers, protocol.NAMES):
+        told = second.decode(second.ids[second.history] + w.pending)
+        others, own = told.split("And this is what you have written:")
+        assert f"I say {name.lower()}" in own and f"I say {name.lower()}" not in others
+        assert all(f"I say {other.lower()}" in others for other in protocol.NAMES[:3] if other != name)
+    let_write(monkeypatch, second, {name: f"\\boxed{{{7 if name != 'Bob' else 8}}}.\n\n"
+                                    for name in protocol.NAMES[:3]})
+    assert second.answer() == "7" and next(stages, None) is None
+
+
+def test_parts_are_worked_on_beside_the_writer(toy, monkeypatch):
+    """Who is handed a part begins in the next pass; at <join/>, the writer waits and gets results."""
+    run, = methods.fork_join(start_with(toy, max_passes=400), PROBLEM, None)
+    words = run.encode("Go. <part>3 + 4</part> and <part>what is 2 x 5?</part> then <join/>")
+    bob, carol = ("One, two, three, and four more make five, six, seven: \\boxed{7}.",
+                  "Two, four, six, eight, and at last, after five times, ten: \\boxed{10}.")
+    parts = {"Bob": iter(run.encode(bob + "\n\n")), "Carol": iter(run.encode(carol + "\n\n"))}
+    coming = iter(words)
+    filler = run.encode(" so")[0]
+
+    def sample(_):
+        return [next(coming, filler) if w.name == "Alice" else next(parts[w.name])
+                for w in run.next_writers()]
+    monkeypatch.setattr(run, "sample", sample)
+    writing = []
+    while not run.joined:
+        writing.append([w.name for w in run.next_writers()])
+        run.advance()
+    assert writing[0] == ["Alice"] and ["Bob", "Alice"] in writing
+    assert ["Bob", "Carol", "Alice"] in writing and writing[-1] == ["Carol"]
+    history = run.decode(run.ids[run.history] + run.ids[run.workers[0].block])
+    assert "Somebody who solves this problem" in history and "3 + 4" in history.split("one thing")[1]
+    read = run.decode(run.workers[-1].pending)
+    assert f"3 + 4: {bob}" in read and f"what is 2 x 5?: {carol}" in read
+    # Who goes on does so with all that in its own block, and its box ends the run.
+    coming = iter(run.encode(" So \\boxed{17}.\n\n"))
+    while run.ending is None:
+        run.advance()
+    assert run.ending == "answer" and run.answer() == "17" and run.workers[-1].name == "Alice"
+
+
+def test_a_writer_who_hands_over_nothing_is_a_sequential_run(toy):
+    """As the baseline, but for its prompt."""
+    run, = methods.fork_join(start_with(toy, max_passes=30), PROBLEM, None)
+    while run.ending is None:
+        run.advance()
+    alone = start_with(toy, max_passes=30)(
+        lambda *arguments: methods.Stage(*arguments, prompts=[(methods.FORK.format(
+            problem=PROBLEM.text), "")]), 1)
+    while alone.ending is None:
+        alone.advance()
+    assert run.passes and [r["sampled"] for r in run.passes] == [r["sampled"] for r in alone.passes]
+
+
+@pytest.mark.parametrize("spec", ["vote:3", "debate:2", "skeleton", "fork-join"])
+def test_evaluations_ask_them_at_every_budget(toy, spec):
+    """And count the passes of all their runs."""
+    problem = {"question": PROBLEM.text, "answers": ["7"]}
+    told = generate.Settings(max_passes=24, greedy=True)
+    runs = list(evaluation.runs_of(spec, *toy, problem, told)) if spec == "vote:3" else None
+    coming = iter(runs) if runs else evaluation.runs_of(spec, *toy, problem, told)
+    model = toy[0]
+    caches = []
+
+    def feed(groups):
+        run_cache = caches[-1]
+        return generate.feed(model, run_cache, groups)
+
+    def remembered():
+        for run in coming:
+            caches.append(run.cache)
+            yield run
+    result = batching.alone(evaluation.evaluate(remembered(), problem, [8, 16, 24]), feed)
+    assert [*result["answers"]] == ["8", "16", "24"] and 0 < result["passes"] <= 24

@@ -1,0 +1,155 @@
+"""Programs of a model in their box: what is right passes, and nothing gets out, or goes on for ever."""
+import base64
+import json
+import os
+import pickle
+import shutil
+import time
+import zlib
+
+import pytest
+
+from appendix import programs, tasks
+
+boxed = pytest.mark.skipif(not shutil.which("bwrap"), reason="apt install bubblewrap")
+ADD = "print(sum(map(int, input().split())))"
+
+
+@boxed
+@pytest.mark.parametrize("code, given, wanted, right", [
+    (ADD, "1 2", "3\n", True), (ADD, "1 2", "4", False), (ADD, "x", "3", False),
+    (ADD, "1 2", "3.0", True),
+    ("print(1)\nprint(2)", "", "1\n2", True), ("print(1, 2)", "", "1\n2", False),
+    ("print('1 ')\nprint()", "", "1", True), ("import sys\nsys.exit(3)", "", "", False),
+    ("print('a b')", "", "a b", True), ("print(0.1 + 0.2)", "", "0.30000000000000004", True),
+    ("for line in stdin: print(line.strip()[::-1])", "ab\ncd", "ba\ndc", False),
+    ("for line in sys.stdin: print(line.strip()[::-1])", "ab\ncd", "ba\ndc", True)])
+def test_a_program_reads_and_prints(code, given, wanted, right):
+    """Compared line by line, as numbers where they are numbers."""
+    assert programs.passes(code, programs.Test(given, wanted)) == right
+
+
+@boxed
+@pytest.mark.parametrize("code, given, wanted, right", [
+    ("class Solution:\n    def add(self, a, b): return a + b", "3\n4", "7", True),
+    ("class Solution:\n    def add(self, a, b): return a - b", "3\n4", "7", False),
+    ("def add(a: List[int], b): return [x + b for x in a]", "[1, 2]\n4", "[5, 6]", True),
+    ("def add(a, b): return (a, b)", "1\n2", "[1, 2]", True),
+    ("def other(a): return a", "1", "1", False),
+    ("def add(a):\n    print('noise')\n    return a", "1", "1", True)])
+def test_a_function_is_called_with_json(code, given, wanted, right):
+    """A method of Solution, or a function."""
+    assert programs.passes(code, programs.Test(given, wanted, "add")) == right
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Boxes that last a second."""
+    monkeypatch.setattr(programs, "SECONDS", 1)
+
+
+def processes():
+    """How many processes there are."""
+    return sum(name.isdigit() for name in os.listdir("/proc"))
+
+
+HOSTILE = {
+    "an endless loop": "while True: pass",
+    "a sleep": "import time; time.sleep(99)",
+    "a fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "children that stay": "import os, time\nif os.fork() == 0: os.setsid()\ntime.sleep(99)",
+    "endless output": "import sys\nwhile True: sys.stdout.write('x' * 2**20)",
+    "much memory": "x = bytearray(2**36)",
+    "files without end": "n = 0\nwhile True:\n    n += 1; open(f'/tmp/{n}', 'w').write('x' * 2**20)",
+    "deep recursion": "def f(): return f()\nf()",
+    "killing the parent": "import os, signal\nos.kill(os.getppid(), 9)\nos.kill(-1, 9)",
+}
+
+
+@boxed
+@pytest.mark.parametrize("what", HOSTILE)
+def test_nothing_goes_on_for_ever(quick, what):
+    """It ends within a few seconds, fails, and leaves no process behind."""
+    before, begin = processes(), time.perf_counter()
+    assert programs.run(HOSTILE[what], "") is None
+    assert time.perf_counter() - begin < 6
+    time.sleep(0.2)
+    assert processes() <= before + 3  # (others come and go)
+
+
+@boxed
+def test_nothing_gets_out(tmp_path):
+    """No file of ours can be seen or changed, no network, nothing of our environment."""
+    secret = tmp_path / "tests.jsonl"
+    secret.write_text("42")
+    secret.chmod(0o666)
+    tmp_path.chmod(0o777)
+    os.environ["HOGWILD_TEST_SECRET"] = "7"
+    seen = programs.run(f"""
+import os, socket
+found = []
+for what in (lambda: open({str(secret)!r}).read(), lambda: open({str(secret)!r}, "w").write("0"),
+             lambda: os.listdir({str(tmp_path)!r}), lambda: os.remove({__file__!r}),
+             lambda: open("/usr/x", "w"), lambda: open("/etc/passwd").read(),
+             lambda: socket.create_connection(("127.0.0.1", 22), 1),
+             lambda: os.environ["HOGWILD_TEST_SECRET"]):
+    try:
+        found.append(what())
+    except (OSError, KeyError):
+        pass
+print(found, [name for name in os.listdir("/proc") if name.isdigit()].__len__() < 6, os.getuid() != 0)
+""", "")
+    del os.environ["HOGWILD_TEST_SECRET"]
+    assert seen == "[] True True\n" and secret.read_text() == "42" and os.path.exists(__file__)
+
+
+def row(private, tests=(), kind="stdin", **others):
+    """A row as LiveCodeBench has it."""
+    one = [{"input": "1 2", "output": "3", "testtype": kind}]
+    return {"public_test_cases": json.dumps(one), "private_test_cases": private, "metadata": "{}",
+            "contest_date": "2024-09-01T00:00:00", "starter_code": "", "question_content": "Add.",
+            **others}
+
+
+def packed(content):
+    """Private tests as they are stored."""
+    return base64.b64encode(zlib.compress(pickle.dumps(content))).decode()
+
+
+def test_tests_are_read_and_nothing_is_executed(tmp_path):
+    """Plain or packed; a pickle that wants to run something is refused, and does not run."""
+    more = json.dumps([{"input": "3 4", "output": "7", "testtype": "stdin"}])
+    for private in (more, packed(more)):
+        assert programs.tests_of(row(private)) == [programs.Test("1 2", "3"), programs.Test("3 4", "7")]
+    functional = programs.tests_of(row("[]", kind="functional", metadata='{"func_name": "add"}'))
+    assert functional == [programs.Test("1 2", "3", "add")]
+
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+    for wrong in (packed(Trap()), "nonsense", packed([1]), packed("[{}]"), None, "[1]"):
+        with pytest.raises(ValueError, match="tests that can be read"):
+            programs.tests_of(row(wrong))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_problems_are_those_of_the_papers_months():
+    """August 2024 to January 2025; starter code is shown, and calls a function."""
+    assert tasks.live_code(row("[]", contest_date="2024-07-31T23:00:00")) is None
+    assert tasks.live_code(row("[]", contest_date="2025-02-01")) is None
+    assert "standard input" in tasks.live_code(row("[]"))["question"]
+    problem = tasks.live_code(row("[]", starter_code="class Solution:\n    def add(self):"))
+    assert "```python\nclass Solution:\n    def add(self):\n```" in problem["question"]
+    assert "standard input" not in problem["question"]
+
+
+def test_without_a_box_nothing_is_run(monkeypatch):
+    """One sentence says what is missing."""
+    monkeypatch.setattr(programs.shutil, "which", lambda _: None)
+    with pytest.raises(ValueError, match="apt install bubblewrap"):
+        programs.check()
+    monkeypatch.undo()
+    monkeypatch.setattr(programs.shutil, "which", lambda _: "/usr/bin/bwrap")
+    monkeypatch.setattr(programs, "run", lambda *_: None)
+    with pytest.raises(ValueError, match="cannot make a box"):
+        programs.check()
