@@ -241,16 +241,20 @@ def run_all(todo, what, team, problems, results, bar):
     forward = engine.best_forward(model.device, what.attention)
     cache = shared_cache.SharedCache(query_rotation.attach(model))
 
-    def runs(spec, number, seed):
-        return runs_of(spec, model, tokenizer, problems[number], what.settings(seed), forward, cache)
+    def runs(begun, spec, number, seed):
+        """The runs of a job, which are noted as they begin."""
+        settings = what.settings(seed)
+        for run in runs_of(spec, model, tokenizer, problems[number], settings, forward, cache):
+            begun.append(run)
+            yield run
 
     def job(spec, number, seed):
         """Do a run: returns its row."""
         at_work.append((spec, number, seed))
         row, begun = {"method": spec, "problem": number, "seed": seed, "error": None}, []
         try:
-            coming = (begun.append(run) or run for run in runs(spec, number, seed))
-            row |= yield from evaluate(coming, problems[number], what.budgets, spec != "no-early-stop")
+            row |= yield from evaluate(runs(begun, spec, number, seed), problems[number], what.budgets,
+                                       spec != "no-early-stop")
         except Exception as error:  # whatever it is: one problem of a thousand
             place = extract_tb(error.__traceback__)[-1]
             row |= {"error": f"{type(error).__name__} ({place.name}:{place.lineno}): {error}",
@@ -295,7 +299,7 @@ class Evaluation(models.Options):
                                 f"{', '.join(METHODS)}; with :W: workers")
     budgets: list[int] | None = option(None, "passes (default: 80 160 240; with --model 256 ... 4096)")
     limit: int | None = option(None, "the first N problems only (default: 2; with --model all)")
-    batch: int | None = option(None, "so many runs share each pass (default: as memory allows)")
+    batch: int | None = option(None, "so many runs share each pass (default: what memory allows)")
     seeds: list[int] = option([0], "all of it once per seed")
     greedy: bool = option(False, "always the likeliest token")
     answer_tokens: int | None = option(None, "longest answer (default: the task's)")

@@ -12,14 +12,20 @@ MOST = 16  # beyond that, little is gained on a CPU
 
 
 def as_memory_allows(cache, free):
-    """How many jobs there may be if there are so many: one at first, which shows what one takes; then as
-    many as half of the free memory holds, and MOST at most.
+    """A function: how many jobs there may be, if so many are live? One at first, which shows what one
+    takes; then as many as there were, and as half of the free memory holds besides; MOST at most.
 
     cache: which all jobs share; free: () -> bytes.
     """
+    peak = 0  # so many have memory, also after they have ended
+
     def at_once(live):
+        """Answer that, for this moment."""
+        nonlocal peak
+        peak = max(peak, live)
         taken = sum(memory.nbytes for layers in (cache.keys, cache.values) for memory in layers.values())
-        return min(MOST, live + int(free() / 2 / (taken / live))) if live and taken else live or 1
+        more = int(free() / 2 * peak / taken) if taken else 0
+        return max(1, live, min(MOST, peak + more))
     return at_once
 
 

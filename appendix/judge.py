@@ -80,13 +80,13 @@ class Options(models.Options):
     calibrate: bool = option(False, "judge the six examples instead")
     limit: int | None = option(None, "the first N problems only")
     seed: int = option(0, "of the judge's randomness")
-    words: int = option(1024, "longest verdict, in tokens")
+    verdict_tokens: int = option(1024, "longest verdict")
     out: str | None = option(None, "keep verdicts in this file; what is in there is not judged again")
     png: str | None = option(None, "draw the levels (the paper's figure 7)")
 
     def __post_init__(self):
         """Raise ValueError, one sentence, if something makes no sense."""
-        command.at_least(self, limit=1, seed=0, words=16)
+        command.at_least(self, limit=1, seed=0, verdict_tokens=1)
         command.distinct(out=self.out, png=self.png)
         if self.png and not self.png.endswith(".png"):
             raise ValueError(f"--png draws a PNG, so {self.png!r} has to end in .png")
@@ -111,7 +111,8 @@ def local(options):
     forward = engine.best_forward(model.device, options.attention)
 
     def judge(prompt, seed):
-        settings = generate.Settings(1, max_passes=options.words, check_every=0, seed=seed,
+        """Let one worker write a verdict."""
+        settings = generate.Settings(["1"], max_passes=options.verdict_tokens, check_every=0, seed=seed,
                                      prompt="{problem}", **methods.SOLO)
         run = generate.Hogwild(model, tokenizer, prompt, settings, forward)
         while run.ending is None:
@@ -129,10 +130,11 @@ def remote(options):
     client = OpenAI(base_url=options.endpoint, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 
     def judge(prompt, seed):
+        """Ask for a verdict."""
         try:
             told = [{"role": "user", "content": prompt}]
             said = client.chat.completions.create(model=options.model, messages=told, seed=seed,
-                                                  max_tokens=options.words)
+                                                  max_tokens=options.verdict_tokens)
         except OpenAIError as error:
             raise ValueError(f"the judge at {options.endpoint} did not answer: "
                              f"{command.first_line(error)}") from error
@@ -184,6 +186,8 @@ def main(argv=None):
     parser.add_argument("files", nargs="*", help="results of chapter 7")
     parser.add_argument("--data", help="the file of problems, if chapter 7 was given one")
     options, rest = parser.read(argv)
+    if options.png:
+        journal.own_picture(options.png, b"\x89PNG")
     if bool(rest.files) == options.calibrate:
         raise ValueError("give files of results of chapter 7, or else --calibrate")
     judge = remote if options.endpoint else local
@@ -199,8 +203,8 @@ def main(argv=None):
         raise ValueError(f"there is no run of several workers in {', '.join(rest.files)}")
     problems = tasks.load(header["task"], rest.data)[:options.limit]
     rows = [row for row in rows if row["problem"] < len(problems)]
-    about = {name: getattr(options, name) for name in ("model", "seed", "words")}
-    about["task"] = header["task"]
+    about = {name: getattr(options, name) for name in ("model", "seed", "verdict_tokens")}
+    about |= {f"judged_{name}": header[name] for name in ("model", "task", "data")}
     console = Console()
     with journal.Journal(options.out, "levels", about, ROW, durable=True) as out:
         done = {results.key_of(row) for row in out.rows}

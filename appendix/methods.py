@@ -21,9 +21,9 @@ from appendix import models, protocol, tasks
 
 Hogwild = import_module("06_generate").Hogwild
 
-# Who sees nobody may end its text and write headings: there are no others' steps to keep apart from.
 # text; parts: how many numbers its answer has; passes: the largest budget.
 Problem = namedtuple("Problem", "text parts passes")
+# Who sees nobody may end its text and write headings: there are no others' steps to keep apart from.
 SOLO = {"layout": "independent", "forbid": [], "forbid_special": False}
 
 
@@ -271,8 +271,8 @@ class Fork(Samples, Stage):
         w.finished = True
 
     def written_answer(self):
-        """What the one who writes has boxed."""
-        return self.form.find(written(self)[-1], self.given)
+        """What the one who writes has boxed (in what it was given, there may be boxes, too)."""
+        return self.boxed or self.form.find(self.workers[-1].own_text, self.given)
 
     def take(self, tokens):
         """Let somebody begin with each part that was handed over, and give results to who waits."""
@@ -286,9 +286,11 @@ class Fork(Samples, Stage):
         if texts[-1].count("<join/>") > self.joined and all(w.finished for w in self.workers[:-1]):
             self.joined += 1
             results = [f"{part.strip()}: {text.strip()}" for part, text in zip(handed, texts)]
-            ids = self.encode("\n" + "\n\n".join(results) + "\n\n")
+            given = re.sub("<part>|<join/>", "", "\n\n".join(results))  # (nobody's but the writer's)
+            ids = self.encode(f"\n{given}\n\n")
             writer.pending, writer.ids = writer.pending + ids, writer.ids + ids
             writer.text = self.decode(writer.ids)
+            writer.start = len(writer.text)  # its own words begin behind them
         return record
 
 

@@ -77,6 +77,7 @@ from functools import *
 from heapq import *
 from bisect import *
 from math import *
+from builtins import *
 import collections, itertools, functools, heapq, bisect, math, re, string, random, sys, operator
 sys.setrecursionlimit(50000)
 """
@@ -96,12 +97,12 @@ def run(program, given):
     """What a program prints, given this standard input; None: it failed, or wanted too much."""
     root = os.geteuid() == 0  # root needs no user namespace, and hands over to nobody inside
     box = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--new-session",
-           "--die-with-parent", "--clearenv", "--proc", "/proc", "--dev", "/dev"]
+           "--die-with-parent", "--clearenv", "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
     box += [] if root else ["--unshare-user", "--cap-drop", "ALL"]
     for path in ("/usr", "/lib", "/lib64", "/bin"):
         box += ["--ro-bind-try", path, path]
     box += ["--ro-bind", sys.base_prefix, "/python"]  # (it may stand in a folder that is root's alone)
-    box += ["--perms", "1777", "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    box += ["--perms", "1777", "--size", str(2**28), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     box += ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all",
             "--no-new-privs"] if root else []
     python = os.path.realpath(sys.executable)

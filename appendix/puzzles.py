@@ -191,6 +191,8 @@ class Puzzle:
     """
 
     def __init__(self, chance, kind="list", count=None, use="test", patterns="trained"):
+        if patterns not in ("trained", "kept"):
+            raise ValueError(f"patterns are trained or kept, not {patterns!r}")
         self.kind, kept = kind, patterns == "kept"
         count = count or (chance.randint(10, 16) if kind == "race" else chance.randint(4, 10))
         if kind == "race":

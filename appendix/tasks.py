@@ -56,6 +56,8 @@ def olympiad(row):
     wanted += [f"It is in units of {unit}; leave the unit out."] if unit else []
     parts = [row["context"], row["question"], " ".join(filter(None, wanted))]
     errors = [float(part) for part in str(row["error"] or "0").split(",")]
+    if not clean(row["final_answer"]):
+        raise ValueError("has no answer: final_answer has to be a list of texts")
     return {"question": "\n\n".join(part.strip() for part in parts if (part or "").strip()),
             "answers": [clean(row["final_answer"])], "error": max(errors)}
 
@@ -105,7 +107,7 @@ CODE_FILES = ["test.jsonl", *(f"test{part}.jsonl" for part in range(2, 6))]  # r
 TASKS = {
     # What the collaborator has learned, fresh ones; "reworded": asked in words that it has never met.
     "lists": Task(40, fresh=("list", "trained")), "races": Task(16, fresh=("race", "trained")),
-    "plans": Task(40, fresh=("plan", "trained")), "reworded": Task(40, fresh=("list", "held-out")),
+    "plans": Task(40, fresh=("plan", "trained")), "reworded": Task(40, fresh=("list", "kept")),
     "own": Task(16),
     "limo": Task(16, hub("GAIR/LIMO", split="train")),
     "aime25": Task(16, hub("math-ai/aime25")),
@@ -121,11 +123,13 @@ SAMPLES = 128  # problems of five questions, none of them twice (this and the wo
 
 
 def load(name, data=None):
-    """The problems of a task as a list of {"question": str, "answers": [str]}.
+    """The problems of a task as a list of {"question": str, "answers": [str]}; some have "error", a
+    number by which an answer may be off, or "tests" (programs.py) instead of answers.
 
     Args:
         name: one of TASKS.
-        data: a JSONL file with the fields question and answer, instead of the task's own source.
+        data: a JSONL file in the place of the task's own source: with the fields question and answer, or
+            with those of OlympiadBench or LiveCodeBench.
     Raises:
         ValueError: one sentence on what is wrong with the file (and in which line), or that the hub is
             out of reach.

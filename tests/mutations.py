@@ -212,6 +212,10 @@ PUZZLES, TEAM, TRAINING, ADAPTERS, COMPARE, MOVED, DEMO = (
 TEACHING = [
     ("what is tested is trained on", PUZZLES, 'if for_tests(name, numbers) == (use == "test") and',
      "if", tests("puzzles", "nothing_is_trained_on")),
+    ("reworded problems are asked as usual", TASKS, 'fresh=("list", "kept")',
+     'fresh=("list", "trained")', tests("puzzles", "other_words")),
+    ("what a writer is given is its answer", METHODS, "writer.start = len(writer.text)", "pass",
+     tests("methods", "beside_the_writer")),
     ("a race with two winners", PUZZLES, "if part.answer != winner.answer:", "if True:",
      tests("puzzles", "words_say")),
     ("the others' claims are not seen", TEAM, "if label not in board.claimed), None)",

@@ -146,6 +146,8 @@ def test_as_many_as_memory_allows(toy):
     for free, live, wanted in [(10 * taken, 1, 6), (10 * taken, 2, 12), (0, 1, 1), (0, 3, 3),
                                (10**15, 1, batching.MOST)]:
         assert batching.as_memory_allows(cache, lambda free=free: free)(live) == wanted
+    at_once = batching.as_memory_allows(cache, lambda: 2 * taken)
+    assert at_once(3) == 6 and at_once(0) == 6  # (their memory is there, when all have ended)
     live = []
 
     def count(name):

@@ -5,8 +5,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from helpers import tiny, tokenizer
 
-from appendix import command, journal, judge, results
+from appendix import command, journal, judge, models, results
 
 
 def call(*arguments):
@@ -60,6 +61,23 @@ def test_the_judge_sees_worker_after_worker(runs, monkeypatch, capsys):
     assert "12 books" in first and "1. Nothing in common" in first
     assert (runs.parent / "l.png").read_bytes()[:4] == b"\x89PNG"
     assert call(runs, "--out", out) == 0 and len(shown) == 12  # what is in there is not judged again
+
+
+def test_a_model_of_transformers_judges(runs, monkeypatch):
+    """In chapter 6's loop: with the prompt as the user's words, other words for other seeds; a verdict
+    without a level is kept as that."""
+    model = tiny("llama")
+    monkeypatch.setattr(models, "prepared", lambda *_: (model, tokenizer()))
+    verdict = judge.local(judge.Options(verdict_tokens=12))
+    assert len({verdict("How well do they work?", seed) for seed in range(3)}) == 3
+    assert len(tokenizer().encode(verdict("How well do they work?", 0))) > 3
+    monkeypatch.setattr(judge, "local", lambda options: lambda prompt, seed: "no level")
+    out = runs.parent / "levels.jsonl"
+    assert call(runs, "--out", out) == 0 and '"levels": [null, null, null]' in out.read_text()
+    assert call(runs, "--out", out) == 0
+    (runs.parent / "notes.png").write_text("my notes")
+    assert call(runs, "--png", runs.parent / "notes.png") == 2
+    assert (runs.parent / "notes.png").read_text() == "my notes"
 
 
 def test_calibration(monkeypatch, capsys):

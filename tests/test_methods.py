@@ -140,6 +140,12 @@ def test_parts_are_worked_on_beside_the_writer(toy, monkeypatch):
     assert "Somebody who solves this problem" in history and "3 + 4" in history.split("one thing")[1]
     read = run.decode(run.workers[-1].pending)
     assert f"3 + 4: {bob}" in read and f"what is 2 x 5?: {carol}" in read
+    # What was given is no answer of the writer's, also where its step ends.
+    assert run.written_answer() is None
+    coming = iter(run.encode(" So we add them.\n\n"))
+    for _ in range(9):
+        run.advance()
+    assert run.ending is None and run.written_answer() is None
     # Who goes on does so with all that in its own block, and its box ends the run.
     coming = iter(run.encode(" So \\boxed{17}.\n\n"))
     while run.ending is None:

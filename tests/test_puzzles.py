@@ -118,6 +118,19 @@ def test_nobody_knows_how_long_a_part_takes():
     assert lengths[len(lengths) * 49 // 50] > 3 * lengths[len(lengths) // 2]
 
 
+def test_reworded_problems_are_asked_in_other_words():
+    """Each part by a template that nothing was trained on; and patterns have two names only."""
+    def shape(template):
+        return re.sub(r"\\{[a-z]+\\}", ".+", re.escape(template))
+    trained = [shape(text) for family in puzzles.FAMILIES.values() for text in family.questions]
+    asked, usual = ([line[3:] for problem in tasks.load(name)[:50]
+                     for line in problem["question"].split("\n")[1:]] for name in ("reworded", "lists"))
+    assert not any(re.fullmatch(one, text) for text in asked[:300] for one in trained)
+    assert all(any(re.fullmatch(one, text) for one in trained) for text in usual[:300])
+    with pytest.raises(ValueError, match="trained or kept"):
+        puzzles.fresh("list", 0, "held-out")
+
+
 @pytest.mark.parametrize("name", ["lists", "races", "plans", "reworded"])
 def test_fresh_problems_are_tasks_of_chapter_7(name):
     """Two hundred, the same every time, none of them twice; the right answer is graded as right."""
