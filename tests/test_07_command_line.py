@@ -360,7 +360,8 @@ def test_processes_share_the_problems_or_the_model(smollm, tmp_path):
         "write, heads = cache.write, set()\n"
         "cache.write = lambda self, layer, k, v: heads.add(k.shape[0]) or write(self, layer, k, v)\n"
         "code = evaluation.main()\n"
-        "with open(f'{sys.argv[-1]}.heads', 'a') as file:\n    file.write(f'{heads}\\n')\nsys.exit(code)\n")
+        "with open(f'{sys.argv[-1]}.heads', 'a') as file:\n    file.write(f'{heads}\\n')\n"
+        "sys.exit(code)\n")
     common = ["--model", str(tmp_path / "model"), "--budgets", "6", "--methods", "baseline", "hogwild:2",
               "--limit", "2", "--greedy", "--device", "cpu"]
     rows = {}
