@@ -1,18 +1,18 @@
 r"""Appendix: what is a team worth that sees everything? Fair rivals, on problems that nobody has seen.
 
-    1 ... 4            so many workers who see each other write, token by token
-    fixed:2, fixed:4   the parts are dealt out beforehand, and nobody looks; when all are done, one reads
-                       everything and gives the answer (fork and join)
-    steps:2, steps:4   they see each other's steps only when these are finished, and begin at different
-                       places of the list: the best rule we know for who sees no more
-    alone:2, alone:4   nobody sees anybody; whoever is first gives the answer
-    anew:2, anew:4     like 2 and 4, but finished steps are encoded anew, not rotated
-    untaught:2         the same model before it learned, with chapter 6's own prompt
+    hogwild:1 ... 4   so many workers who see each other write, token by token
+    fixed:2, 4        the parts are dealt out beforehand, and nobody looks; when all are done, one reads
+                      everything and gives the answer (fork and join)
+    step-wise:2, 4    they see each other's steps only when these are finished, and begin at different
+                      places of the list: the best rule we know for who sees no more
+    independent:2, 4  nobody sees anybody; whoever is first gives the answer
+    re-encode:2, 4    like hogwild, but finished steps are encoded anew, not rotated
+    untaught:2        the same model before it learned, with chapter 6's own prompt
 
-Several problems share every pass (chapter 6's `feed`), which changes no result; seconds count only where
-problems go one at a time (--batch 1).
+Several problems share every pass (batching.py), which changes no result; seconds count only where they
+go one at a time (--batch 1).
 
-    python appendix/compare_teams.py --kind race --problems 200 --batch 10 --out races.jsonl
+    python appendix/compare_teams.py --kind race --problems 200 --batch 16 --out races.jsonl
 """
 import re
 import sys
@@ -30,6 +30,7 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from appendix import (  # noqa: E402
     adapters,
+    batching,
     command,
     curves,
     engine,
@@ -46,10 +47,10 @@ shared_cache = import_module("02_shared_cache")
 generate = import_module("06_generate")
 methods = import_module("appendix.methods")
 
-WAYS = {"": ("combined", generate.Hogwild), "steps": ("interleaved", generate.Hogwild),
-        "alone": ("independent", generate.Hogwild), "anew": ("combined", methods.Reencode)}
-METHODS = ["1", "2", "3", "4", "fixed:2", "fixed:4", "steps:2", "steps:4", "alone:2", "alone:4",
-           "anew:2", "anew:4", "untaught:2"]
+WAYS = {"step-wise": ("interleaved", generate.Hogwild), "independent": ("independent", generate.Hogwild),
+        "re-encode": ("combined", methods.Reencode)}
+METHODS = ["hogwild:1", "hogwild:2", "hogwild:3", "hogwild:4", "untaught:2", *(
+    f"{way}:{workers}" for way in ("fixed", *WAYS) for workers in (2, 4))]
 ROW = {"problem": int, "method": str, "score": float, "passes": int, "tokens": int, "seconds": float,
        "again": int, "never": int, "answer": str}
 
@@ -59,8 +60,8 @@ class Options:
     """The command line."""
 
     kind: str = option("list", ", ".join(puzzles.KINDS))
-    patterns: str = option("trained", "words of the questions: trained, or kept (from the training)")
-    methods: list[str] = option(["1", "2", "4"], ", ".join(METHODS))
+    patterns: str = option("trained", "words of the questions: trained, or held-out")
+    methods: list[str] = option(["hogwild:1", "hogwild:2", "hogwild:4"], ", ".join(METHODS))
     problems: int = option(8, "how many fresh problems")
     batch: int = option(1, "so many share a pass")
     model: str = option(adapters.COLLABORATOR, "folder of an adapter that learn_to_collaborate.py made")
@@ -69,7 +70,7 @@ class Options:
 
     def __post_init__(self):
         """Raise ValueError, one sentence, if something makes no sense."""
-        for name, known in (("kind", puzzles.KINDS), ("patterns", ["trained", "kept"])):
+        for name, known in (("kind", puzzles.KINDS), ("patterns", puzzles.PATTERNS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} cannot be {getattr(self, name)!r}: {' or '.join(known)}")
         for method in self.methods:
@@ -77,8 +78,6 @@ class Options:
                 raise ValueError(f"there is no method {method!r}; choose among {', '.join(METHODS)}")
         command.at_least(self, problems=1, batch=1)
         command.distinct(out=self.out, png=self.png)
-        if self.png and not self.png.endswith(".png"):
-            raise ValueError(f"--png draws a PNG, so {self.png!r} has to end in .png")
 
 
 # ---------------------------------------------------------------------------------------------- methods
@@ -96,15 +95,15 @@ def has_done(run, labels, target):
     return f"={target}." not in text and all(re.search(rf"\b{label}=\d+\.", text) for label in labels)
 
 
-def job(method, start, puzzle):
+def stages_of(method, start, puzzle):
     """A generator of stages: ([runs that go side by side], is one of them over?). The last one answers.
 
     start: (loop, puzzle, layout, names) -> a run.
     """
-    way, _, count = method.rpartition(":")
+    way, _, count = method.partition(":")
     names = ideal_team.NAMES[:int(count)]
     if way != "fixed":
-        layout, loop = WAYS.get(way, WAYS[""])
+        layout, loop = WAYS.get(way, ("combined", generate.Hogwild))
         yield [start(loop, puzzle, layout, names)], lambda run: run.ending
         return
     runs, shares = [], {}
@@ -120,32 +119,20 @@ def job(method, start, puzzle):
         yield [joined], lambda run: run.ending
 
 
-def solve(jobs, model, forward, cache):
-    """Let jobs go on side by side, to their ends: {name: {"runs", "passes", "tokens", "seconds"}}.
-
-    jobs: {name: see `job`}. What a pass costs is counted once for each job that takes part in it.
-    """
-    stages = {name: next(stage) for name, stage in jobs.items()}
-    figures = {name: {"runs": [], "passes": 0, "tokens": 0, "seconds": 0.0} for name in jobs}
-    while stages:
-        begin = perf_counter()
-        live = [(name, run) for name, (runs, over) in stages.items() for run in runs if not over(run)]
-        if live:
-            logits = generate.feed(model, cache, [run.writers() for _, run in live], forward)
-            for (_, run), some in zip(live, logits):
-                run.take(run.sample(some))
-        seconds = perf_counter() - begin
-        for name in {name for name, _ in live}:
-            figures[name]["passes"] += 1
-            figures[name]["seconds"] += seconds
-        for name, run in live:
-            figures[name]["tokens"] += len(run.passes[-1]["sampled"])
-        for name, (runs, over) in [*stages.items()]:
-            if all(map(over, runs)):
-                figures[name]["runs"] += runs
-                stages[name] = next(jobs[name], None)
-                if stages[name] is None:
-                    del stages[name]
+def solve(stages):
+    """A job (see batching.py): all stages, to their ends. Returns {"runs", "passes", "tokens",
+    "seconds"}; others' work counts as seconds, too, where jobs go on side by side."""
+    figures = {"runs": [], "passes": 0, "tokens": 0, "seconds": 0.0}
+    for runs, over in stages:
+        figures["runs"] += runs
+        while live := [run for run in runs if not over(run)]:
+            begin = perf_counter()
+            writers = [run.writers() for run in live]
+            logits = yield sum(writers, [])
+            for run, some in zip(live, logits.split([*map(len, writers)])):
+                figures["tokens"] += len(run.take(run.sample(some))["sampled"])
+            figures["passes"] += 1
+            figures["seconds"] += perf_counter() - begin
     return figures
 
 
@@ -153,43 +140,58 @@ def judged(puzzle, runs, figures):
     """A row of results (see ROW) from a job's runs and figures; problem and method are the caller's."""
     answer = next(filter(None, (run.written_answer() for run in runs[::-1])), "")
     begun = [label for run in runs for text in own_words(run)
-             for label in re.findall(r"^([A-Z]):", text) + re.findall(r"^[A-Z]: ([A-Z]) first", text)]
+             for label in re.findall(r"^([A-Z]):(?! Stop)", text)
+             + re.findall(r"^[A-Z]: ([A-Z]) first", text)]
     never = {*puzzle.parts} - {*begun} if puzzle.target is None else ()
     score, _ = tasks.grade(answer, puzzle.answer.split(", "))
     return {"score": score, "answer": answer, "again": len(begun) - len({*begun}), "never": len(never),
             **figures}
 
 
+def solved(todo, options, model, tokenizer, told):
+    """Solve problems, several side by side; yields rows of results.
+
+    todo: pairs (method, number of a problem); told: settings of chapter 6.
+    """
+    forward = engine.best_forward(model)
+    cache = shared_cache.SharedCache(query_rotation.attach(model))
+
+    def start(loop, puzzle, layout, names):
+        """A run of some workers on a puzzle, in the cache that all share."""
+        some = generate.Settings(names, layout, max_passes=ideal_team.MOST, **told)
+        return loop(model, tokenizer, puzzle.text, some, forward, cache)
+
+    def job(method, number):
+        """Solve a problem: returns its row."""
+        puzzle = puzzles.fresh(options.kind, number, options.patterns)
+        figures = yield from solve(stages_of(method, start, puzzle))
+        runs = figures.pop("runs")
+        for run in runs:
+            run.release()
+        return {"problem": number, "method": method, **judged(puzzle, runs, figures)}
+    yield from batching.side_by_side((job(*key) for key in todo), lambda groups: generate.feed(
+        model, cache, groups, forward), options.batch)
+
+
 def measure(options, console):
     """Solve what is not in the file yet: {method: [row of each problem]}."""
     taught, tokenizer = models.load(options.model)
-    untaught = None
-    if any(method.startswith("untaught") for method in options.methods):
-        untaught, _ = models.load(adapters.base_of(adapters.folder_of(options.model)))
+    base = adapters.base_of(adapters.folder_of(options.model))
     about = {"kind": options.kind, "patterns": options.patterns, "batch": options.batch,
              "weights": models.fingerprint(taught)}
     with journal.Journal(options.out, "teams", about, ROW, durable=True) as out:
+        done = {(row["method"], row["problem"]) for row in out.rows}
+        wanted = [(method, number) for number in range(options.problems) for method in options.methods
+                  if (method, number) not in done]
+        for untaught in (False, True):
+            todo = [key for key in wanted if key[0].startswith("untaught") == untaught]
+            if todo:
+                model = models.load(base)[0] if untaught else taught
+                told = {"greedy": True} if untaught else adapters.settings(options.model)
+                rows = solved(todo, options, model, tokenizer, told)
+                for row in track(rows, "teams at work", len(todo), disable=not console.is_terminal):
+                    out.add(row)
         kept = {(row["method"], row["problem"]): row for row in out.rows}
-        todo = [(method, first) for first in range(0, options.problems, options.batch)
-                for method in options.methods]
-        for method, first in track(todo, "teams at work", disable=not console.is_terminal):
-            model = untaught if method.startswith("untaught") else taught
-            cache, jobs, drawn = shared_cache.SharedCache(query_rotation.attach(model)), {}, {}
-            forward = engine.best_forward(model.device)
-
-            def start(loop, puzzle, layout, names, model=model, cache=cache, forward=forward):
-                """A run of some workers on a puzzle, in the cache that all jobs of this batch share."""
-                told = {"greedy": True} if model is untaught else adapters.settings(options.model)
-                some = generate.Settings(names, layout, max_passes=ideal_team.MOST, **told)
-                return loop(model, tokenizer, puzzle.text, some, forward, cache)
-            for number in range(first, min(first + options.batch, options.problems)):
-                if (method, number) not in kept:
-                    drawn[number] = puzzles.fresh(options.kind, number, options.patterns)
-                    jobs[number] = job(method, start, drawn[number])
-            for number, figures in (solve(jobs, model, forward, cache) if jobs else {}).items():
-                row = judged(drawn[number], figures.pop("runs"), figures)
-                out.add({"problem": number, "method": method, **row})
-                kept[method, number] = out.rows[-1]
     return {method: [kept[method, number] for number in range(options.problems)]
             for method in options.methods}
 
@@ -199,7 +201,7 @@ def report(table, timed, console):
     base = next(iter(table.values()))
     console.print(f"{len(base)} fresh problems; 95 % intervals; relative: to the first line. Again: how "
                   "often\na part was begun once more than needed; never: parts that nobody began.\n")
-    console.print(f"{'':12}{'questions right':>24}{'all right':>11}{'passes':>8}{'relative':>22}"
+    console.print(f"{'':14}{'questions right':>24}{'all right':>11}{'passes':>8}{'relative':>22}"
                   f"{'tokens':>8}{'seconds':>22}{'again':>7}{'never':>7}")
     for method, rows in table.items():
         score, passes, tokens, again, never = (
@@ -210,7 +212,7 @@ def report(table, timed, console):
                   for key in ("passes", "seconds")}
         seconds = "{:.3f} ({:.3f}–{:.3f})".format(*ratios["seconds"]) if timed else "–"
         relative = "{:.3f} ({:.3f}–{:.3f})".format(*ratios["passes"])
-        console.print(f"{method:12}{score:8.1%} ({low:6.1%}–{high:6.1%})"
+        console.print(f"{method:14}{score:8.1%} ({low:6.1%}–{high:6.1%})"
                       f"{mean(row['score'] == 1 for row in rows):11.1%}{passes:8.1f}{relative:>22}"
                       f"{tokens:8.0f}{seconds:>22}{again:7.2f}{never:7.2f}")
 
@@ -224,15 +226,14 @@ def ratio(mine, theirs):
     return float(mine.sum() / theirs.sum()), low, high
 
 
-def draw(png, options, table):
+def draw(png, title, table):
     """Questions that are right after so many passes, and after so many tokens of all workers."""
     budgets = np.arange(20, max(row["passes"] for rows in table.values() for row in rows) + 20, 20)
     lines = {method: {
         "accuracy": np.mean([row["score"] * (row["passes"] <= budgets) for row in rows], 0),  # [budgets]
         "tokens": budgets * mean(row["tokens"] / row["passes"] for row in rows),
         "count": len(rows)} for method, rows in table.items()}
-    curves.draw(png, f"{options.model} on {options.kind}s that it has not seen", budgets, lines,
-                ("tokens", "tokens, of all workers together"))
+    curves.draw(png, title, budgets, lines, ["tokens"])
 
 
 def main(argv=None):
@@ -243,12 +244,12 @@ def main(argv=None):
                          "one")
     torch.set_num_threads(1)
     console = Console(highlight=False, soft_wrap=True)
-    if options.png:
-        journal.own_picture(options.png, b"\x89PNG")
+    journal.own_png(options.png)
     table = measure(options, console)
     report(table, options.batch == 1, console)
     if options.png:
-        draw(options.png, options, table)
+        name = Path(options.model).name
+        draw(options.png, f"{name} on {options.kind}s that it has not seen", table)
     return 0
 
 

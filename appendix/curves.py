@@ -39,6 +39,8 @@ def relative_passes(budgets, accuracy, baseline):
     return f"{mine / theirs:.2f} (at {level:.0%})" if mine and theirs else "–"
 
 
+FEW = 10  # of so few problems nothing can be said about differences
+FEW_METHODS = 4  # more curves than that are drawn without their intervals, which would hide them
 SECOND = """
 At the largest budget: difference from the baseline on the same problems (95 % interval); passes to the
 accuracy that both reach, as a multiple of the baseline's; mean passes to a right answer, of the runs
@@ -49,7 +51,8 @@ the context or the memory was full:
 
 def report(header, table, png=None):
     """Print tables of what chapter 7's `figures` says of each method, and draw the curves."""
-    title = plain(f"{header['model']} on {header['task']}, {header['data'] or 'its own data'}")
+    title = plain(f"{header['model'].rstrip('/').split('/')[-1]} on {header['task']}, "  # (no folders)
+                  f"{header['data'] or 'its own data'}")
     budgets = header["budgets"]
     base, count = table.get("baseline"), next(iter(table.values()))["count"]
     lines = [f"\n{title}, the {count} problems that all methods have done\n",
@@ -65,39 +68,44 @@ def report(header, table, png=None):
         if base and row is not base:
             ratio = relative_passes(budgets, row["accuracy"], base["accuracy"])
             last = [one["scores"][:, -1] for one in (row, base)]  # [problems] each
-            change = "{:+.0%} ({:+.0%} – {:+.0%})".format(*difference(*last))
+            change = ("too few problems" if count < FEW
+                      else "no problem differs" if np.array_equal(*last)
+                      else "{:+.0%} ({:+.0%} – {:+.0%})".format(*difference(*last)))
         needed = f"{row['passes_to_right']:.0f}" if row["passes_to_right"] else "–"
         changes.append(f"  {name:20}{change:>22}{ratio:>16}{needed:>10}{row['none']:>6}"
                        f"{row['not_understood']:>16}{row['faults']:>8}{row['context']:>9}")
     print(plain("\n".join(lines + changes)) + "\n")
     if png:
-        draw(png, title, budgets, table)
+        draw(png, title, budgets, table, OTHERS)
 
 
-SECONDS = "mean seconds per problem, on the machine of the run"
+OTHERS = {"tokens": "tokens, of all workers together", "seconds": "seconds, also of others beside it"}
 
 
-def draw(png, title, budgets, table, second=("seconds", SECONDS)):
+def draw(png, title, budgets, table, others=("seconds",)):
     """Accuracy against passes, and against something else (the paper's figures 3 to 6, 19), as a PNG.
 
     Args:
-        table: method -> {"accuracy": [budgets] shares, "count": of problems, "seconds": [budgets]}.
-        second: key of the table, and what is written below: what else accuracy is drawn against.
+        table: {method: {"accuracy": [budgets]; "count": of problems; "tokens" and "seconds":
+            [budgets] means of problems; "spread": [2, budgets] the seconds' 10 % and 90 % quantiles}.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, label in zip(axes, ("sequential forward passes", second[1])):
+    figure = Figure(figsize=(5 + 4.5 * len(others), 4.5), layout="constrained")
+    axes, few = figure.subplots(1, 1 + len(others), sharey=True), len(table) <= FEW_METHODS
+    for axis, name in zip(axes, (None, *others)):
         axis.set_prop_cycle(color=colormaps["tab20"].colors)
-        axis.set(xlabel=label, ylabel="accuracy, with 95 % intervals")
+        axis.set(xlabel=OTHERS.get(name, "sequential forward passes"))
         axis.grid(alpha=0.3)
         for method, row in table.items():
-            x = budgets if axis is axes[0] else row[second[0]]
+            x = row.get(name, budgets)
             style = "--o" if method.startswith(("baseline", "no-early", "self", "skeleton")) else "-o"
             reach = np.abs(interval(row["accuracy"], row["count"]) - row["accuracy"])  # [2, budgets]
-            axis.errorbar(x, row["accuracy"], reach, fmt=style, label=f"{method} (n = {row['count']})")
-    axes[0].set_xticks(budgets)
-    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+            spread = np.abs(row["spread"] - x) if name == "seconds" and "spread" in row else None
+            axis.errorbar(x, row["accuracy"], reach if few else None, spread if few else None, fmt=style,
+                          label=f"{method} (n = {row['count']})")
+    axes[0].set_xticks(budgets[::-(-len(budgets) // 12)])
+    axes[0].set_ylabel(f"accuracy{', with 95 % intervals' if few else ''}")
+    axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     figure.suptitle(title)
     figure.savefig(png, dpi=130)

@@ -26,7 +26,7 @@ class Options:
     """What is shown."""
 
     kind: str = option("list", ", ".join(puzzles.KINDS))
-    number: int = option(0, "which problem")
+    number: int = option(puzzles.NUMBER, "which problem")
     workers: int = option(2, "how many there are in the team")
     plain: bool = option(False, "plain lines instead of the live display")
 
@@ -55,7 +55,7 @@ def main(argv=None):
     options, which = parser.read(argv)
     puzzle = puzzles.fresh(options.kind, options.number)
     model, tokenizer = models.prepared(which)
-    forward, told = engine.best_forward(model.device, which.attention), adapters.settings(which.model)
+    forward, told = engine.best_forward(model, which.attention), adapters.settings(which.model)
     needed, right = [], []
     for workers in (1, options.workers):
         print(f"\n--- {workers} worker{'s' if workers > 1 else ''}")

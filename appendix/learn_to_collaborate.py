@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from appendix import command, ideal_team, models, puzzles, recording, training  # noqa: E402
+from appendix import adapters, command, ideal_team, models, puzzles, recording, training  # noqa: E402
 from appendix.command import option  # noqa: E402
 
 query_rotation = import_module("04_query_rotation")
@@ -35,16 +35,19 @@ class Options:
     train: str | None = option(None, "train into this folder; goes on where it was stopped")
     seed: int = option(0, "of the training")
     steps: int = option(600, "of the training")
+    adapter: str | None = option(None, "begin with what the adapter in this folder has learned")
 
 
 # ---------------------------------------------------------------------------------------- training
 
-TOKENS = 1400  # each process takes whole runs until it has so many; gradients are averaged
+TOKENS = 800  # each process takes whole runs until it has so many; gradients are averaged
 KEEP_EVERY = 20  # steps between two checkpoints
 RATE, WARM_UP = 2e-3, 25
-GROWING = 0.3  # problems grow to their full size in this share of the steps
+GROWING = 0.3  # problems grow to their full size in this share of the steps (of a first training)
 RANK = 16  # of the adapter
 MISTAKES = 0.3  # of the teams that share a list, this share contains one
+TIES = 8  # of so many teams, half of the lessons take the one in which most claim in the same pass
+SLIPS = 0.4  # how often somebody slips, where one may
 
 # How a run has to be set up for what was learned, and what that is.
 KNOWS = {"settings": {"prompt": "{problem}", "check_every": 0, "greedy": True},
@@ -52,15 +55,20 @@ KNOWS = {"settings": {"prompt": "{problem}", "check_every": 0, "greedy": True},
          "learned": "lists, races and plans like those of appendix/puzzles.py"}
 
 
+def ties(recorded):
+    """How often one who became free in the same pass as another had to find what is left for it."""
+    return (recorded.weight == ideal_team.TIE).sum().item()
+
+
 def lesson(model, tokenizer, chance, progress):
     """Recordings of ideal teams for one step. progress: 0 to 1, how much of the training is over."""
     recordings, size = [], min(1, progress / GROWING)
     while sum(len(recorded.ids) for recorded in recordings) < TOKENS:
-        kind = chance.choice(["list", "list", "list", "plan", "race"])
+        kind = chance.choice(["list"] * 6 + ["plan"] * 2 + ["race"] * 3)
         most = round(4 + 12 * size) if kind == "race" else round(3 + 7 * size)
         count = chance.randint(2, most) if chance.random() < 0.7 else most
         puzzle, way = puzzles.Puzzle(chance, kind, count, "train"), chance.random()
-        labels, workers = [*puzzle.parts], chance.choice([1, 2, 2, 3, 4, 4])
+        labels, workers, others = [*puzzle.parts], chance.choice([1, 2, 2, 3, 4, 4]), 0
         if way < 0.1:  # nobody sees unfinished steps
             how = {"layout": "interleaved", "workers": chance.choice([2, 4])}
         elif way < 0.2:  # nobody sees anybody; parts may be left out, or come in any order
@@ -72,30 +80,43 @@ def lesson(model, tokenizer, chance, progress):
             how = {"layout": "combined", "workers": max(2, workers), "loop": methods.Reencode}
         else:
             how = {"layout": "combined", "workers": workers}
-            if workers > 1 and kind == "list" and chance.random() < MISTAKES:
-                how["mistake"] = puzzle.mistake(chance)
-        recordings.append(ideal_team.play(model, tokenizer, puzzle, **how)[1])
+            if kind == "list":
+                how["slips"] = lambda: chance.random() < SLIPS
+                if workers > 1 and chance.random() < MISTAKES:
+                    how["mistake"] = puzzle.mistake(chance)
+                elif workers > 1 and chance.random() < 0.5:
+                    others = TIES - 1
+        tried = [puzzle, *(puzzles.Puzzle(chance, kind, count, "train") for _ in range(others))]
+        recordings.append(max((ideal_team.play(model, tokenizer, one, **how)[1] for one in tried),
+                              key=ties))
     return recordings
 
 
-def train(folder, seed, steps):
-    """Train an adapter, or go on from the folder's checkpoint (see training.py)."""
-    from peft import LoraConfig, get_peft_model
+def train(folder, seed, steps, start=None):
+    """Train an adapter, or go on from the folder's checkpoint (see training.py). start: such a one."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    before = {"start": adapters.notes(start)["training"]} if start else {}
 
     def build():
         model, tokenizer = models.load()
         ropes = query_rotation.attach(model)
         adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
         adapted = get_peft_model(model, adapter)
+        if start:
+            weights = load_file(adapters.folder_of(start) / "adapter_model.safetensors")
+            set_peft_model_state_dict(adapted, weights)
+        fast = model.device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
         def loss_of(chance, progress):
-            recordings = lesson(model, tokenizer, chance, progress)
-            with torch.autocast(model.device.type, torch.bfloat16):
+            recordings = lesson(model, tokenizer, chance, 1 if start else progress)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=fast):
                 return recording.loss(model, ropes, recordings, frugal=False)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return parameters, loss_of, partial(keep, adapted, folder)
     training.train(folder, seed, steps, build, "adapter_model.safetensors", RATE, WARM_UP, KEEP_EVERY,
-                   decay=0)
+                   decay=0, also=before)
 
 
 def keep(adapted, folder, about):
@@ -115,7 +136,9 @@ def main(argv=None):
     command.at_least(options, seed=0, steps=1)
     torch.set_num_threads(1)
     if options.train:
-        train(Path(options.train), options.seed, options.steps)
+        if options.adapter and not adapters.folder_of(options.adapter):
+            raise ValueError(f"--adapter {options.adapter!r} is no folder of an adapter")
+        train(Path(options.train), options.seed, options.steps, options.adapter)
         return 0
     puzzle, (model, tokenizer) = puzzles.Puzzle(random.Random("example")), models.load()
     print(f"{puzzle.text}\n\nTwo who know how to share it:\n")

@@ -10,7 +10,7 @@ the method `re-encode` of chapter 7 does), and, to have something to compare wit
 else is in view. The relative difference of keys and of values, per layer:
 
     python appendix/moved_steps.py                      the collaborator, on problems it has not seen
-    python appendix/moved_steps.py --png moved.png --model Qwen/Qwen3-8B
+    python appendix/moved_steps.py --problems 4 --passes 200 --png moved.png --model Qwen/Qwen3-8B
 """
 import sys
 from collections import defaultdict
@@ -30,8 +30,8 @@ generate = import_module("06_generate")
 class Options:
     """What is compared."""
 
-    problems: int = option(4, "how many lists, each for a team of two")
-    passes: int = option(200, "the most that a team takes")
+    problems: int = option(1, "how many lists, each for a team of two")
+    passes: int = option(60, "the most that a team takes")
     png: str | None = option(None, "draw it")
 
 
@@ -80,12 +80,9 @@ def main(argv=None):
     parser = command.Parser([Options, models.Options], description=__doc__.split("\n")[0])
     options, which = parser.read(argv)
     command.at_least(options, problems=1, passes=1)
-    if options.png and not options.png.endswith(".png"):
-        raise ValueError(f"--png draws a PNG, so {options.png!r} has to end in .png")
-    if options.png:
-        journal.own_picture(options.png, b"\x89PNG")
+    journal.own_png(options.png)
     model, tokenizer = models.prepared(which)
-    forward, told = engine.best_forward(model.device, which.attention), adapters.settings(which.model)
+    forward, told = engine.best_forward(model, which.attention), adapters.settings(which.model)
     found, steps = defaultdict(list), 0
     for number in range(options.problems):
         puzzle = puzzles.fresh("list", number)
@@ -114,14 +111,13 @@ def main(argv=None):
 def draw(png, layers, lines):
     """The table as a picture."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(layout="constrained")
     axis = figure.subplots()
     for what, heights in lines.items():
         axis.plot(layers, heights, "-o", label=what)
     axis.set(xlabel="layer", ylabel="relative difference from encoding anew", ylim=(0, None))
-    axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(png, dpi=130)
+    figure.savefig(png)
 
 
 if __name__ == "__main__":

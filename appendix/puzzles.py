@@ -8,7 +8,8 @@ Three kinds. In all of them, nobody can tell beforehand how long a part will tak
     plan   a list in which some parts need the answer of another one
 
 What a model was trained on never comes up in a test: numbers are divided between the two (by a hash),
-and so are the names of people and things. `patterns` does the same for the words of the questions.
+and so are the names of people and things. `patterns` does the same for the words of the questions:
+"trained" ones, or "held-out" ones.
 """
 import copy
 import random
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 
 KINDS = ["list", "race", "plan"]
+PATTERNS = ["trained", "held-out"]
 LIST = r"Solve all of these and give the answers in order, separated by commas, within \boxed{}:"
 RACE = r"One of these has the answer {target}. Which one? Put its letter within \boxed{}:"
 PEOPLE = {"train": ["Tom", "Ann", "Ben", "Eva", "Max", "Lia", "Sam", "Zoe", "Kim", "Leo", "Ida",
@@ -40,7 +42,7 @@ class Family:
     draw: callable
     work: callable
     questions: list  # phrasings to train on
-    kept: list  # phrasings that only tests use
+    held_out: list  # phrasings that only tests use
 
 
 def digit(chance):
@@ -49,38 +51,55 @@ def digit(chance):
 
 
 def ride(chance):
-    """People in a bus, then changes, none of which leaves it empty or overfull."""
-    on, numbers = chance.randint(12, 60), []
-    numbers.append(on)
-    for _ in range(chance.randint(3, 5)):
-        change = digit(chance) * chance.choice([1, -1])
-        on += change
-        numbers.append(change)
-    return numbers
+    """People in a bus, then changes."""
+    return [chance.randint(12, 60), *(digit(chance) * chance.choice([1, -1])
+                                      for _ in range(chance.randint(3, 5)))]
 
 
 def sums(numbers):
-    """23, -5, 8 -> ["23-5=18", "18+8=26"]"""
+    """23, -5, 18 -> ["23-5=18", "18+10=28", "28+8=36"]: tens, then ones."""
     total, lines = numbers[0], []
-    for change in numbers[1:]:
-        lines.append(f"{total}{change:+}={total + change}")
-        total += change
+    for number in numbers[1:]:
+        sign, size = (1 if number > 0 else -1), abs(number)
+        for change in (sign * (size - size % 10), sign * (size % 10)):
+            if change:
+                lines.append(f"{total}{change:+}={total + change}")
+                total += change
     return lines
 
 
 def until(step, going):
-    """numbers -> one line with all numbers on the way, from the first to the one that ends it."""
+    """numbers -> a line for each step, as long as it goes on. step: numbers -> (how, result)."""
     def work(numbers):
-        on_the_way = [numbers[0]]
-        while going(on_the_way[-1], *numbers[1:]):
-            on_the_way.append(step(on_the_way[-1], *numbers[1:]))
-        return [" ".join(map(str, on_the_way))]
+        here, lines = numbers[0], []
+        while going(here, *numbers[1:]):
+            how, there = step(here, *numbers[1:])
+            lines.append(f"{here}{how}={there}")
+            here = there
+        return lines
     return work
+
+
+def jumps(chance):
+    """Where a frog begins, and the length of the three to nine jumps that it can take."""
+    length = chance.randint(3, 9)
+    return [length * chance.randint(3, 9) + chance.randint(1, length - 1), length]
+
+
+def remainder(chance):
+    """How many there are, how many of them are lost, and among how many the rest is shared."""
+    each, among, lost = digit(chance), digit(chance), digit(chance)
+    return [each * among + lost, -lost, among]
 
 
 def times(a, b):
     """The line of a product."""
     return f"{a}x{b}={a * b}"
+
+
+def shared(a, b):
+    """The line of a division."""
+    return f"{a}/{b}={a // b}"
 
 
 FAMILIES = {
@@ -100,10 +119,14 @@ FAMILIES = {
         "Of {a} {t}, {b} are broken. How many are whole?"],
         ["{p} sells {b} out of {a} {t}. How many does {p} keep?"]),
     "share": Family(lambda r: (lambda b, c: [b * c, b])(digit(r), digit(r)),
-                    lambda n: [f"{n[0]}/{n[1]}={n[0] // n[1]}"], [
+                    lambda n: [shared(*n)], [
         "{p} shares {a} {t} among {b} people. How many each?",
         "{a} {t} go into {b} equal bags. How many in a bag?"],
         ["{b} friends split {a} {t} evenly. How many does each get?"]),
+    "rest": Family(remainder, lambda n: [*sums(n[:2]), shared(n[0] + n[1], n[2])], [
+        "{p} has {a} {t}, loses {b} and shares the rest among {c} people. How many each?",
+        "Of {a} {t}, {b} are broken. The others go into {c} equal bags. How many in a bag?"],
+        ["{p} keeps {b} of {a} {t}. {c} friends split what is left. How many does each get?"]),
     "boxes": Family(lambda r: [digit(r), digit(r), r.choice([-1, 1]) * digit(r)],
                     lambda n: [times(*n[:2]), *sums([n[0] * n[1], n[2]])], [
         "{p} has {a} boxes of {b} {t} and {gets} {c}. How many {t}?",
@@ -124,24 +147,19 @@ FAMILIES = {
         "A bus has {a} people. {rest}. How many are in it?",
         "{a} people sit in a bus. {rest}. How many now?"],
         ["A bus leaves with {a} people. {rest}. How many stay in it?"]),
-    "frog": Family(lambda r: [r.randint(25, 99), r.randint(3, 9)],
-                   until(lambda x, b: x - b, lambda x, b: x >= b), [
+    "frog": Family(jumps, until(lambda x, b: (f"-{b}", x - b), lambda x, b: x >= b), [
         "A frog on stone {a} jumps {b} back while it can. Where does it stop?",
         "From {a}, take away {b} again and again. What is left in the end?"],
         ["{p} pours {b} litres at a time from a tank of {a} as long as possible. How many stay?"]),
-    "halve": Family(lambda r: [r.choice([16, 32, 64]) if r.random() < 0.2 else 2 * r.randint(5, 49)],
-                    until(lambda x: x // 2, lambda x: x % 2 == 0), [
+    "halve": Family(lambda r: [r.choice([16, 32, 48, 64, 80, 96]) if r.random() < 0.4
+                               else 4 * r.randint(1, 24)],
+                    until(lambda x: ("/2", x // 2), lambda x: x % 2 == 0), [
         "Halve {a} while it is even. What comes out?",
         "{p} halves {a} {t} until the number is odd. How many {t} then?"],
         ["Cut {a} in half, again and again, as long as it is even. What remains?"]),
-    "double": Family(lambda r: [r.randint(1, 9), r.randint(15, 49)],
-                     until(lambda x, b: 2 * x, lambda x, b: x <= b), [
-        "{a} {t} double daily until more than {b}. How many then?",
-        "Double {a} until it is more than {b}. What comes out?"],
-        ["{p}'s {a} {t} become twice as many each day, and stop above {b}. How many?"]),
 }
-SHORT = ["buy", "more", "less", "share", "boxes", "boxes", "both", "rates"]
-LONG = ["bus", "bus", "frog", "frog", "frog", "halve", "double"]
+SHORT = ["buy", "more", "less", "share", "rest", "boxes", "both", "rates"]
+LONG = ["bus", "bus", "frog", "frog", "frog", "halve"]
 
 
 def for_tests(family, numbers):
@@ -159,23 +177,22 @@ class Part:
     needs: str | None = None
 
 
-def draw_part(chance, families, use, kept):
-    """A part for "train" or "test"; kept: with a phrasing that is never trained on."""
+def draw_part(chance, families, use, held_out):
+    """A part for "train" or "test"; held_out: with a phrasing that is never trained on."""
     name = chance.choice(families)
     family = FAMILIES[name]
     while True:
         numbers = family.draw(chance)
         work = family.work(numbers)
-        results = [int(word) for word in " ".join(work).replace("=", " ").split()
-                   if word.lstrip("-").isdigit()]
+        results = [int(line.split("=")[1]) for line in work]
         if for_tests(name, numbers) == (use == "test") and all(1 <= n <= 99 for n in results):
             break
     p, q = chance.sample(PEOPLE[use], 2)
     gets = chance.choice(["gets", "buys"]) if numbers[-1] > 0 else chance.choice(["loses", "sells"])
     rest = ", ".join(f"{abs(n)} get {'on' if n > 0 else 'off'}" for n in numbers[1:])
     fill = dict(zip("abcd", map(abs, numbers)), p=p, q=q, t=chance.choice(THINGS[use]), gets=gets)
-    text = chance.choice(family.kept if kept else family.questions).format(**fill, rest=rest)
-    return Part(text, work, int(work[-1].replace("=", " ").split()[-1]))
+    text = chance.choice(family.held_out if held_out else family.questions).format(**fill, rest=rest)
+    return Part(text, work, results[-1])
 
 
 # -------------------------------------------------------------------------------------------- problems
@@ -187,20 +204,21 @@ class Puzzle:
         chance: a random.Random.
         kind: one of KINDS.
         count: how many parts; None: 4 to 10, in a race 10 to 16.
-        use: "train" or "test"; patterns: "kept" for words of questions that are never trained on.
+        use: "train" or "test"; patterns: one of PATTERNS.
     """
 
     def __init__(self, chance, kind="list", count=None, use="test", patterns="trained"):
-        if patterns not in ("trained", "kept"):
-            raise ValueError(f"patterns are trained or kept, not {patterns!r}")
-        self.kind, kept = kind, patterns == "kept"
+        if patterns not in PATTERNS:
+            raise ValueError(f"patterns are {' or '.join(PATTERNS)}, not {patterns!r}")
+        self.kind, held_out = kind, patterns == "held-out"
         count = count or (chance.randint(10, 16) if kind == "race" else chance.randint(4, 10))
         if kind == "race":
-            self.race(chance, count, use, kept)
+            self.race(chance, count, use, held_out)
             return
         labels = ascii_uppercase[:count]
         families = [LONG if chance.random() < 0.35 else SHORT for _ in labels]
-        self.parts = {label: draw_part(chance, some, use, kept) for label, some in zip(labels, families)}
+        self.parts = {label: draw_part(chance, some, use, held_out)
+                      for label, some in zip(labels, families)}
         if kind == "plan":
             self.link(chance, chance.choice([1, 1, 2]) if count > 3 else 1)
         self.ask()
@@ -214,12 +232,12 @@ class Puzzle:
         """The parts, a line each."""
         return "".join(f"\n{label}. {part.text}" for label, part in self.parts.items())
 
-    def race(self, chance, count, use, kept):
+    def race(self, chance, count, use, held_out):
         """One part has the result that is looked for, at any place."""
         families = [name for name in SHORT if name != "share"]
-        winner, others = draw_part(chance, families, use, kept), []
+        winner, others = draw_part(chance, families, use, held_out), []
         while len(others) < count - 1:
-            part = draw_part(chance, families, use, kept)
+            part = draw_part(chance, families, use, held_out)
             if part.answer != winner.answer:
                 others.append(part)
         others.insert(chance.randrange(count), winner)
@@ -264,4 +282,5 @@ def fresh(kind, number, patterns="trained"):
     return Puzzle(random.Random(f"{kind} {patterns} {number}"), kind, None, "test", patterns)
 
 
-EXAMPLE = fresh("list", 0).text  # what chapter 6 solves, if it is asked nothing else
+NUMBER = 11  # of what is shown: a list of six parts, a race of fourteen
+EXAMPLE = fresh("list", NUMBER).text  # what chapter 6 solves, if it is asked nothing else

@@ -26,19 +26,17 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from appendix import command, curves, journal, models, protocol, recording, training  # noqa: E402
+from appendix import command, compare_teams, journal, models, protocol, recording, training  # noqa: E402
 from appendix.command import option  # noqa: E402
 
 query_rotation = import_module("04_query_rotation")
 generate = import_module("06_generate")
-methods = import_module("appendix.methods")
 
 TEAM = Path(__file__).resolve().parent / "team"  # the trained model
 NAMES = protocol.NAMES[:4]  # the model knows these four
@@ -205,14 +203,11 @@ def train(folder, seed, steps):
 
 # --------------------------------------------------------------------------------------- measuring
 
-# Workers see all; finished steps of others; nothing of them; or finished steps that are encoded anew.
-WAYS = {" workers": ("combined", generate.Hogwild), ", step-wise": ("interleaved", generate.Hogwild),
-        ", independent": ("independent", generate.Hogwild),
-        ", re-encoded": ("combined", methods.Reencode)}
+# Workers see all; or finished steps of others; nothing of them; finished steps that are encoded anew.
+WAYS = {" workers": ("combined", generate.Hogwild),
+        **{f", {name}": how for name, how in compare_teams.WAYS.items()}}
 METHODS = {"1 worker": ("combined", generate.Hogwild, 1)} | {
     f"{workers}{way}": (*how, workers) for way, how in WAYS.items() for workers in (2, 4)}
-ROW = {"problem": int, "method": str, "right": bool, "passes": int, "seconds": float, "again": int,
-       "never": int}  # of the file of results
 
 
 def solve(model, tokenizer, puzzle, method):
@@ -227,38 +222,21 @@ def solve(model, tokenizer, puzzle, method):
     begun = [claim for words in written for claim, word in pairwise(words)
              if claim in puzzle.work and word[0] == " "]
     answer = run.written_answer()
-    return {"method": method, "answer": answer, "right": answer == puzzle.answer,
-            "passes": len(run.passes), "seconds": sum(record["seconds"] for record in run.passes),
-            "lines": [*map(line_of, written)], "again": len(begun) - len({*begun}),
-            "never": len(puzzle.work) - len({*begun})}
-
-
-def line_of(words):
-    """A letter per word of a worker: the label of its number, or `.` if none is left."""
-    line = "?"
-    for word in words:
-        waits = word in (*DONE, ", wait", ", \\boxed{")
-        line += word[0] if word in LABELS else "." if waits else line[-1]
-    return line[1:]
+    return {"method": method, "answer": answer or "", "score": float(answer == puzzle.answer),
+            "passes": len(run.passes), "tokens": sum(len(record["sampled"]) for record in run.passes),
+            "seconds": sum(record["seconds"] for record in run.passes),
+            "again": len(begun) - len({*begun}), "never": len(puzzle.work) - len({*begun})}
 
 
 def measure(console, options):
-    """Show an example, then solve fresh problems in all ways, taking turns: {method: [results]}."""
+    """Solve fresh problems in all ways, which take turns: {method: [row of each problem]}."""
     if not Path(options.model, "model.safetensors").exists():
         raise ValueError(f"there is no trained model in {options.model!r}; --train makes one")
     model, tokenizer = models.load(options.model)
     about = {"weights": models.fingerprint(model)}
-    with journal.Journal(options.out, "team", about, ROW, durable=True) as out:
+    with journal.Journal(options.out, "team", about, compare_teams.ROW, durable=True) as out:
         kept = {(row["problem"], row["method"]): row for row in out.rows
                 if 0 < row["passes"] <= MOST and row["seconds"] > 0}
-        console.print("Which number (A, B, C ...) each worker works on, one letter for two passes.\n"
-                      "A dot: nothing is left to claim; the sums are added up.\n")
-        for method in METHODS:
-            result = solve(model, tokenizer, Puzzle(random.Random("example")), method)
-            console.print("{method}: {passes} passes, {seconds:.2f} s, answer {answer}, right: {right}, "
-                          "done again: {again}".format(**result), style="bold")
-            for name, line in zip(NAMES, result["lines"]):
-                console.print(f"  {name:6}{line[::2]}")
         for number in track(range(options.problems), disable=not console.is_terminal):
             for method in METHODS:
                 if (number, method) not in kept:
@@ -266,32 +244,6 @@ def measure(console, options):
                     out.add({"problem": number, **solve(model, tokenizer, puzzle, method)})
                     kept[number, method] = out.rows[-1]
     return {method: [kept[number, method] for number in range(options.problems)] for method in METHODS}
-
-
-def report(console, table):
-    """Print the table. table: {method: [result per problem]}"""
-    base = table["1 worker"]
-    console.print(f"\n{len(base)} fresh problems; 95 % intervals. Relative: to 1 worker. Again: how\n"
-                  "often a number was done once more than needed. Never: how many numbers nobody did.\n")
-    console.print(f"{'right':>40}  passes{'relative passes':>22}{'relative seconds':>22}  again  never")
-    for method, rows in table.items():
-        right, passes, again, never = (mean(row[key] for row in rows)
-                                       for key in ("right", "passes", "again", "never"))
-        cells = [right, *curves.interval(right, len(rows)), passes]
-        for key in ("passes", "seconds"):
-            cells += curves.difference([row[key] / one[key] for row, one in zip(rows, base)], 0)
-        console.print(("  {:16}{:7.1%} ({:6.1%}–{:6.1%}){:8.1f}   {:.3f} ({:.3f}–{:.3f})"
-                       "   {:.3f} ({:.3f}–{:.3f}){:7.2f}{:7.2f}").format(method, *cells, again, never))
-
-
-def draw(png, table):
-    """Right answers after so many passes, and after as many seconds, like the paper's figure 4."""
-    budgets = np.arange(10, max(row["passes"] for row in table["1 worker"]) + 10, 10)
-    lines = {method: {
-        "accuracy": np.mean([row["right"] * (row["passes"] <= budgets) for row in rows], 0),  # [budgets]
-        "seconds": budgets * mean(row["seconds"] / row["passes"] for row in rows),
-        "count": len(rows)} for method, rows in table.items()}
-    curves.draw(png, "A tiny model that has learned to collaborate", budgets, lines)
 
 
 def main(argv=None):
@@ -303,19 +255,16 @@ def main(argv=None):
     if options.train:
         train(Path(options.train), options.seed, options.steps)
         return 0
-    if options.png:
-        if not options.png.endswith(".png"):
-            raise ValueError(f"--png draws a PNG, so the file has to end in .png, not as {options.png}")
-        journal.own_picture(options.png, b"\x89PNG")
+    journal.own_png(options.png)
     console = Console(highlight=False, soft_wrap=True)
     table = measure(console, options)
-    report(console, table)
+    compare_teams.report(table, True, console)
     if options.png:
-        draw(options.png, table)
+        compare_teams.draw(options.png, "A tiny model that has learned to collaborate", table)
     some = [table[method] for method in ("1 worker", "2 workers", "4 workers")]
     one, two, four = (median(row["passes"] for row in rows) for rows in some)
     # A few hundred problems show more than three quarters right, but eight may be hard ones.
-    right = min(mean(row["right"] for row in rows) for rows in some)
+    right = min(mean(row["score"] for row in rows) for rows in some)
     good = right >= 0.75 and two <= 0.6 * one and four <= 0.4 * one
     console.print(f"\n{'[OK]' if good else 'Not as it should be:'} 2 workers take {two:.0f} passes, 4 "
                   f"workers {four:.0f}, one {one:.0f} (medians)")

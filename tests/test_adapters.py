@@ -95,5 +95,5 @@ def test_an_adapter_of_another_model_or_in_many_processes_is_refused(folder, tmp
         json.dumps({**config, "base_model_name_or_path": str(tmp_path / "other")}))
     with pytest.raises(ValueError, match="could not be added"):
         models.load(str(folder[0]))
-    with pytest.raises(ValueError, match="one process"):
+    with pytest.raises(ValueError, match="one device"):
         models.load(str(folder[0]), distributed_config=None)

@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 from helpers import tiny
 
-from appendix import command, compare_teams, ideal_team, models, puzzles
+from appendix import batching, command, compare_teams, ideal_team, models, puzzles
 
 generate, shared_cache = import_module("06_generate"), import_module("02_shared_cache")
 
@@ -47,16 +47,18 @@ def setting(smollm):
                 return [token for token, _, _ in picked]
             run.sample = sample
             return run
-        jobs = {n: compare_teams.job(method, start, puzzle) for n, puzzle in enumerate(drawn)}
-        figures = compare_teams.solve(jobs, model, import_module("04_query_rotation").forward,
-                                      cache)
-        return [compare_teams.judged(puzzle, figures[n].pop("runs"), figures[n])
-                for n, puzzle in enumerate(drawn)]
+
+        def job(puzzle):
+            figures = yield from compare_teams.solve(compare_teams.stages_of(method, start, puzzle))
+            return puzzle.text, compare_teams.judged(puzzle, figures.pop("runs"), figures)
+        rows = dict(batching.side_by_side(map(job, drawn), lambda groups: generate.feed(
+            model, cache, groups, import_module("04_query_rotation").forward), len(drawn)))
+        return [rows[puzzle.text] for puzzle in drawn]
     return results
 
 
 @pytest.mark.parametrize("kind", puzzles.KINDS)
-@pytest.mark.parametrize("method", ["1", "2", "4", "fixed:2", "fixed:4"])
+@pytest.mark.parametrize("method", ["hogwild:1", "hogwild:2", "hogwild:4", "fixed:2", "fixed:4"])
 def test_who_knows_how_to_do_it_is_right(setting, kind, method):
     """Three problems in the same passes: all right, nothing twice, nothing left out."""
     drawn = [puzzles.Puzzle(random.Random(f"compare {n}"), kind, 8) for n in range(3)]
@@ -72,32 +74,34 @@ def test_counts_are_those_of_the_schedule(setting):
     """One worker's passes are its tokens; a team's tokens are its passes times its size; passes of a
     fixed division are those of the longest share, and the answer's."""
     puzzle = puzzles.Puzzle(random.Random("counts"), "list", 7)
-    (one,), (two,), (fixed,) = (setting(method, puzzle) for method in ("1", "2", "fixed:2"))
+    (one,), (two,), (fixed,) = (setting(method, puzzle)
+                                for method in ("hogwild:1", "hogwild:2", "fixed:2"))
     assert one["tokens"] == one["passes"] and two["tokens"] == 2 * two["passes"]
     assert two["passes"] < fixed["passes"] < one["passes"]
-    shares = [setting("1", puzzle.share([*puzzle.parts][who::2]))[0]["passes"] for who in (0, 1)]
-    answer = setting("1", puzzle.share("A"))[0]["passes"]
+    shares = [setting("hogwild:1", puzzle.share([*puzzle.parts][who::2]))[0]["passes"] for who in (0, 1)]
+    answer = setting("hogwild:1", puzzle.share("A"))[0]["passes"]
     assert max(shares) - 10 < fixed["passes"] < max(shares) + answer + 25
 
 
 def test_sharing_a_pass_changes_nothing(setting):
     """Problems side by side or one at a time: the same rows, but for seconds."""
     drawn = [puzzles.Puzzle(random.Random(f"side {n}"), "race", 6) for n in range(3)]
-    together, alone = setting("2", *drawn), [setting("2", puzzle)[0] for puzzle in drawn]
+    together, alone = setting("hogwild:2", *drawn), [setting("hogwild:2", puzzle)[0] for puzzle in drawn]
     for row in (*together, *alone):
         del row["seconds"]
     assert together == alone
 
 
 @pytest.mark.parametrize("method, layout, loop, workers", [
-    ("1", "combined", generate.Hogwild, 1), ("3", "combined", generate.Hogwild, 3),
-    ("steps:2", "interleaved", generate.Hogwild, 2), ("alone:4", "independent", generate.Hogwild, 4),
-    ("anew:2", "combined", compare_teams.methods.Reencode, 2),
+    ("hogwild:1", "combined", generate.Hogwild, 1), ("hogwild:3", "combined", generate.Hogwild, 3),
+    ("step-wise:2", "interleaved", generate.Hogwild, 2),
+    ("independent:4", "independent", generate.Hogwild, 4),
+    ("re-encode:2", "combined", compare_teams.methods.Reencode, 2),
     ("untaught:2", "combined", generate.Hogwild, 2)])
 def test_a_method_is_a_layout_and_a_loop(method, layout, loop, workers):
     """One run of so many workers on the whole problem, until it is over."""
     puzzle = puzzles.fresh("list", 0)
-    (([run], over),) = compare_teams.job(method, lambda *how: how, puzzle)
+    (([run], over),) = compare_teams.stages_of(method, lambda *how: how, puzzle)
     assert run == (loop, puzzle, layout, ideal_team.NAMES[:workers]) and method in compare_teams.METHODS
     assert over(type("", (), {"ending": "answer"})) and not over(type("", (), {"ending": None}))
 
@@ -110,9 +114,10 @@ def made_up(method, problem, **others):
 
 def test_the_table_says_what_the_rows_say(tmp_path, capsys, monkeypatch):
     """Shares, means, ratios of sums; seconds only where problems went one at a time; the curves."""
-    table = {"1": [made_up("1", 0), made_up("1", 1, score=0.5, passes=300, seconds=30.0)],
-             "2": [made_up("2", 0, passes=50, tokens=200, seconds=8.0, again=1),
-                   made_up("2", 1, score=0.0, passes=150, tokens=200, seconds=20.0, never=3)]}
+    first, second = compare_teams.Options().methods[:2]
+    table = {first: [made_up(first, 0), made_up(first, 1, score=0.5, passes=300, seconds=30.0)],
+             second: [made_up(second, 0, passes=50, tokens=200, seconds=8.0, again=1),
+                      made_up(second, 1, score=0.0, passes=150, tokens=200, seconds=20.0, never=3)]}
     console = compare_teams.Console(width=200)
     compare_teams.report(table, True, console)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -125,16 +130,15 @@ def test_the_table_says_what_the_rows_say(tmp_path, capsys, monkeypatch):
     assert "0.700" not in capsys.readouterr().out
     drawn = []
     monkeypatch.setattr(compare_teams.curves, "draw", lambda *what: drawn.append(what))
-    options = compare_teams.Options(png="x.png")
-    compare_teams.draw(options.png, options, table)
-    (_, title, budgets, lines, second), = drawn
+    compare_teams.draw("x.png", "a title", table)
+    (_, title, budgets, lines, other), = drawn
     at = {int(budget): n for n, budget in enumerate(budgets)}
-    assert "lists" in title and second[0] == "tokens"
-    assert [lines["1"]["accuracy"][at[n]] for n in (80, 100, 280, 300)] == [0, 0.5, 0.5, 0.75]
-    assert [lines["2"]["accuracy"][at[n]] for n in (40, 60, 160)] == [0, 0.5, 0.5]
-    assert lines["1"]["tokens"][at[100]] == pytest.approx(100 * (1 + 1 / 3) / 2)
+    assert title == "a title" and other == ["tokens"]
+    assert [lines[first]["accuracy"][at[n]] for n in (80, 100, 280, 300)] == [0, 0.5, 0.5, 0.75]
+    assert [lines[second]["accuracy"][at[n]] for n in (40, 60, 160)] == [0, 0.5, 0.5]
+    assert lines[first]["tokens"][at[100]] == pytest.approx(100 * (1 + 1 / 3) / 2)
     monkeypatch.undo()
-    compare_teams.draw(str(tmp_path / "x.png"), options, table)
+    compare_teams.draw(str(tmp_path / "x.png"), "a title", table)
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -158,7 +162,8 @@ def call(*arguments):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--kind", "riddle"], "kind"), (["--patterns", "odd"], "patterns"), (["--methods", "7"], "method"),
+    (["--kind", "riddle"], "kind"), (["--patterns", "odd"], "patterns"),
+    (["--methods", "hogwild:7"], "method"),
     (["--problems", "0"], "at least 1"), (["--batch", "0"], "at least 1"), (["--out", ""], "empty"),
     (["--model", "nowhere"], "no folder of an adapter"), (["--nonsense"], "unrecognized"),
     (["--out", __file__], "that this program wrote")])
@@ -175,10 +180,11 @@ def test_results_are_kept(tmp_path, capsys, monkeypatch, smollm):
     monkeypatch.setattr(models, "load", lambda *_, **__: (model, smollm[1]))
     monkeypatch.setattr(ideal_team, "MOST", 4)
     out = tmp_path / "teams.jsonl"
-    arguments = ["--problems", 2, "--methods", "1", "2", "--out", out]
+    arguments = ["--problems", 2, "--methods", "hogwild:1", "untaught:2", "--out", out]
     assert call(*arguments) == 0
     text, lines = capsys.readouterr().out, out.read_text().splitlines()
-    assert len(lines) == 5 and all(re.search(rf"^{method} .*%", text, re.M) for method in ("1", "2"))
+    assert len(lines) == 5
+    assert all(re.search(rf"^{method} .*%", text, re.M) for method in ("hogwild:1", "untaught:2"))
     out.write_text("\n".join([*lines[:-1], lines[-1][:20]]))
     assert call(*arguments, "--batch", 1) == 0
     again = out.read_text().splitlines()

@@ -35,35 +35,47 @@ def small(smollm, monkeypatch):
 
 def test_lessons_grow_and_contain_what_is_to_be_learned(smollm, monkeypatch):
     """All kinds, sizes of teams and layouts, mistakes, shares; problems for training alone."""
-    seen = []
+    seen, tied = [], []
     monkeypatch.setattr(learn, "TOKENS", 1)
 
     def play(model, tokenizer, puzzle, **how):
         seen.append((puzzle, how))
-        return None, recording.Recording(torch.zeros(1), None, None, None, None, None, 0)
+        weight = torch.full((1,), float(ideal_team.TIE if len(seen) % 3 else 1))
+        return None, recording.Recording(torch.zeros(1), None, weight, None, None, None, 0)
     monkeypatch.setattr(ideal_team, "play", play)
     for progress in (0.0, 1.0):
         for number in range(400):
-            learn.lesson(*smollm, random.Random(number), progress)
-    early, late = seen[:400], seen[400:]
+            begun = len(seen)
+            taken, = learn.lesson(*smollm, random.Random(number), progress)
+            tied.append(len(seen) - begun)
+            assert tied[-1] == 1 or learn.ties(taken) == 1
+        if progress == 0:
+            early, seen = seen, []
+    late = seen
     assert max(len(puzzle.parts) for puzzle, _ in early) <= 4
     assert {puzzle.kind for puzzle, _ in late} == {*puzzles.KINDS}
     assert {len(puzzle.parts) for puzzle, _ in late} >= {*range(1, 17)}
     assert {(how["layout"], how["workers"]) for _, how in late} == {
         *(("combined", workers) for workers in (1, 2, 3, 4)), ("interleaved", 2), ("interleaved", 4),
         ("independent", 1)}
-    assert 20 < sum("loop" in how for _, how in late) < 60
+    assert 20 < sum("loop" in how for _, how in late) < 60 and 20 < tied.count(learn.TIES) < 200
+    assert {how["layout"] for _, how in late if "slips" in how} == {"combined"}
     assert sum("mistake" in how for _, how in late) > 10 and any(how.get("order") for _, how in late)
     assert any([*puzzle.parts][0] != "A" for puzzle, _ in late)
-    words = {word for puzzle, _ in seen for word in re.findall(r"[A-Za-z]+", puzzle.text)}
+    words = {word for puzzle, _ in early + late for word in re.findall(r"[A-Za-z]+", puzzle.text)}
     assert not words & {*puzzles.PEOPLE["test"], *puzzles.THINGS["test"]}
 
 
 def test_training_learns_and_goes_on_where_it_was_stopped(small, tmp_path, monkeypatch, capsys):
-    """Twelve small steps; stopped in the seventh and continued, it ends as an undisturbed run does."""
+    """Twelve small steps, by which the loss falls by more than 1; stopped in the seventh and continued,
+    it ends as an undisturbed run does."""
+    losses, loss_of = [], recording.loss
+    monkeypatch.setattr(recording, "loss", lambda *what, **how: (losses.append(loss_of(*what, **how)),
+                                                                losses[-1])[1])
     learn.train(tmp_path / "whole", 0, 12)
-    losses = [float(loss) for loss in re.findall(r"loss (\S+)", capsys.readouterr().out)]
-    assert len(losses) == 3 and losses[-1] < losses[0] - 1
+    said = [float(loss) for loss in re.findall(r"loss (\S+)", capsys.readouterr().out)]
+    assert said == [round(float(loss), 4) for loss in losses[3::4]] and len(losses) == 12
+    assert losses[-1] < losses[0] - 1  # (the first one is that of a model that has learned nothing)
     lesson, calls = learn.lesson, []
 
     def stop(*arguments):
@@ -105,6 +117,23 @@ models.load = lambda: (tiny("llama"), tokenizer())
 learn.TOKENS = 300
 learn.train(Path(sys.argv[1]), 0, 2)
 """
+
+
+def test_a_training_begins_with_an_adapter(small, tmp_path, monkeypatch, capsys):
+    """With its weights and at full size; the notes say what came before. No adapter: one sentence."""
+    learn.train(tmp_path / "first", 0, 4)
+    monkeypatch.setattr(learn, "RATE", 1e-6)
+    learn.train(tmp_path / "second", 1, 1, str(tmp_path / "first"))
+    learn.train(tmp_path / "fresh", 1, 1)
+    folders = [tmp_path / name for name in ("first", "second", "fresh")]
+    first, second, fresh = (torch.cat([weight.float().flatten() for _, weight in sorted(load_file(
+        folder / "adapter_model.safetensors").items())]) for folder in folders)
+    assert torch.allclose(first, second, atol=1e-3) and not torch.allclose(first, fresh, atol=1e-2)
+    told = adapters.notes(str(tmp_path / "second"))["training"]
+    assert told == {"seed": 1, "steps": 1, "processes": 1,
+                    "start": {"seed": 0, "steps": 4, "processes": 1}}
+    assert call("--train", tmp_path / "other", "--adapter", tmp_path / "nowhere") == 2
+    assert "no folder of an adapter" in capsys.readouterr().err
 
 
 def test_two_processes_average_their_gradients(small, tmp_path, monkeypatch):
@@ -168,25 +197,30 @@ def test_what_the_training_looks_at(smollm):
         loss = recording.loss(model, ropes, [recorded])
     kept = recorded.sampled != recording.IGNORE
     weight, sampled = recorded.weight[kept], recorded.sampled[kept]
-    assert {*weight.tolist()} == {0.0, 1.0, 2.0, 3.0}
+    assert {*weight.tolist()} == {0.0, 1.0, 3.0, 4.0, 6.0, 8.0}
     picked = logits.log_softmax(-1)[torch.arange(len(sampled)), sampled]
     assert torch.allclose(loss, -(picked * weight).sum() / weight.sum(), atol=1e-5)
 
 
 def test_the_shipped_adapter_shares_the_work():
-    """On a list that it has not seen: two begin each part once, in two thirds of the passes of one, and
-    get most of it right, as one does; a prompt alone teaches nobody that."""
+    """On the list of `make demo`, which it has not seen: two begin each part once, in six tenths of the
+    passes of one, and get all of it right, as one does; what they write stands in the README. (On other
+    lists two may fail: see there.)"""
+    readme = (ROOT / "README.md").read_text()
     model, tokenizer = models.load(adapters.COLLABORATOR)
-    puzzle, passes = puzzles.fresh("list", 0), []
+    puzzle, passes = puzzles.fresh("list", puzzles.NUMBER), []
     for workers in (1, 2):
         run = ideal_team.start(compare_teams.generate.Hogwild, model, tokenizer, puzzle, "combined",
                                workers)
         while run.ending is None:
             run.advance()
         row = compare_teams.judged(puzzle, [run], {})
-        assert row["again"] == row["never"] == 0 and row["score"] >= 0.6, row
+        assert row["again"] == row["never"] == 0 and row["score"] == 1, row
         passes.append(len(run.passes))
-    assert passes[1] <= 0.67 * passes[0], passes
+        steps = [closed["text"].strip() for record in run.passes for closed in record["closed"]]
+    assert len(steps) >= 7 and "\n    ".join(steps) in readme
+    assert f"2 workers: {passes[1]} passes instead of {passes[0]}," in readme
+    assert passes[1] <= 0.6 * passes[0], passes
     assert adapters.settings(adapters.COLLABORATOR) == learn.KNOWS["settings"]
 
 
