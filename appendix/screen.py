@@ -6,7 +6,9 @@ which it went:
 
     python appendix/screen.py trace.jsonl               needs no model
     python appendix/screen.py trace.jsonl --svg FILE    writes the last picture as an SVG instead
+    python appendix/screen.py trace.jsonl --html FILE   writes a page for a browser: player.html, filled
 """
+import json
 import os
 import re
 import signal
@@ -23,7 +25,7 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from appendix import command, journal  # noqa: E402
-from appendix.protocol import CHECK, SEPARATORS, header  # noqa: E402
+from appendix.protocol import CHECK, SEPARATORS, check_name, header  # noqa: E402
 
 START = {"prompt": str, "opening": {str: str}, "moves": bool, "context": int, "weights": str}
 PASS = {"fed": {str: [int]}, "sampled": {str: int}, "text": {str: str}, "events": [[str]],
@@ -34,7 +36,7 @@ ROW = START, PASS, END  # what a trace consists of: how the run began, its passe
 
 COLOURS = ["cyan", "magenta", "green", "yellow",
            "bright_blue", "bright_red", "bright_green", "bright_magenta"]
-PARTS = [f"bold black on {colour}" for colour in COLOURS]
+PAGE = "<!doctype html><!-- a run of Hogwild! Inference -->"  # how a page that was written here begins
 ENDINGS = {"answer": "a worker wrote it", "passes": "when the passes were used up",
            "end of text": "all have finished", "context": "when the model's context was used up",
            "room": "when the memory that was reserved was used up"}
@@ -46,6 +48,11 @@ class Options:
 
     save: str | None = command.option(None, "keep the run in this file; the same command goes on")
     plain: bool = command.option(False, "plain lines instead of the live display")
+    guest: str = command.option("Teacher", "your name, if you type something while it runs")
+
+    def __post_init__(self):
+        """Raise ValueError, one sentence, if nobody can be called so."""
+        check_name(self.guest, [])
 
 
 class Screen:
@@ -78,17 +85,20 @@ class Screen:
 
     def show(self, record):
         """Take in the record of one pass."""
+        moves = self.start["moves"]
         for what, name, text in ([*event, "", "", ""][:3] for event in record["events"]):
             if what == "say":
                 self.finish_step(name, f"**{name}:** {text}")
             elif what == "dismiss":
-                self.finish_step(name, self.current.pop(name, ""))
+                text = self.current.pop(name, "")
+                if moves:  # (else nobody reads it any more)
+                    self.finish_step(name, text)
             elif what == "add" and any(self.start["opening"].values()):
                 self.current[name] = header(name, 1)
         for name, text in record["text"].items():
             self.current[name] = self.current.get(name, "") + text
         for closed in record["closed"]:
-            name, moves = closed["worker"], self.start["moves"]
+            name = closed["worker"]
             if moves:
                 self.finish_step(name, closed["text"])
             self.current[name] = self.current.get(name, "") * (not moves) + closed["opened"]
@@ -114,8 +124,8 @@ class Screen:
         styled.highlight_words([CHECK.strip()], "black on yellow")
         styled.highlight_regex(r"\*\*[^*\n]+ \[\d+\]:\*\*", "bold")
         for number, label in enumerate(self.labels):  # a part's own colour, where somebody speaks of it
-            colour = PARTS[number % len(PARTS)]
-            styled.highlight_regex(rf"\b{label}(?=[:=])|(?<=Check ){label}\b", colour)
+            styled.highlight_regex(rf"\b{label}(?=[:=])|(?<=Check ){label}\b",
+                                   f"bold black on {COLOURS[number % len(COLOURS)]}")
         return styled
 
     def figures(self):
@@ -133,7 +143,9 @@ class Screen:
         """What the terminal shows now."""
         width, height = self.console.size
         asked = Text(self.problem, "bold").wrap(self.console, max(1, width - 4))[:max(1, height // 3)]
-        rows = max(5, (height - len(asked) - 3) // (2 if self.start["moves"] else 1))  # of what is new
+        past = [self.styled(name, text.strip()) for name, text in self.history[-40:]]
+        shown = self.start["moves"] or bool(past)  # is there a history to show?
+        rows = max(5, (height - len(asked) - 3) // (1 + shown))  # of what is new
         columns = width // max(1, len(self.current)) - 4
         wide = columns >= 12  # else there are too many workers for columns: a line each
         now = []
@@ -147,13 +159,11 @@ class Screen:
                 now.append(Text.assemble((f"{name}: ", "bold"), end))
         picture, below = Layout(), Layout(size=rows if wide else len(now))
         (below.split_row if wide else below.split_column)(*map(Layout, now))
-        past = [self.styled(name, text.strip()) for name, text in self.history[-40:]]
         past = Panel(self.tail(past, width - 4, height - rows - len(asked) - 5), title="past steps")
         problem = Panel(Text("\n").join(asked), title="problem")
         line = f"{self.figures()} · {self.view:,} of {self.start['context']:,} tokens of context in view"
         picture.split_column(Layout(problem, size=len(asked) + 2),
-                             Layout(past, visible=self.start["moves"]), below,
-                             Layout(Text(line, "dim"), size=1))
+                             Layout(past, visible=shown), below, Layout(Text(line, "dim"), size=1))
         return picture
 
     def finish(self, ending, answer):
@@ -196,7 +206,22 @@ class Arguments:
     """Of the direct run."""
 
     svg: str | None = command.option(None, "write the last picture as an SVG to this file instead")
+    html: str | None = command.option(None, "write a page for a browser to this file instead")
     plain: bool = command.option(False, "plain lines instead of the live display")
+
+
+def write_page(path, rows):
+    r"""Write player.html with a trace inside: all its rows, as one JSON value.
+
+    Raises:
+        ValueError: the file is somebody's, or the trace has NaN in it.
+    """
+    journal.own_picture(path, PAGE.encode())
+    # Nothing in JSON needs a bare `<`, so nothing in a trace can end the element that it stands in.
+    data = ",\n".join(json.dumps(row, allow_nan=False) for row in rows).replace("<", r"\u003c")
+    page = Path(__file__).with_name("player.html").read_text(encoding="utf-8")
+    page = page.replace("<!doctype html>", PAGE).replace('id="trace">', f'id="trace">[{data}]')
+    Path(path).write_text(page, encoding="utf-8")
 
 
 def main(argv=None):
@@ -204,10 +229,14 @@ def main(argv=None):
     parser = command.Parser(Arguments, description=__doc__.split("\n")[0])
     parser.add_argument("trace", help="a file that 06_generate.py --save wrote")
     show, rest = parser.read(argv)
-    command.distinct(trace=rest.trace, svg=show.svg)
+    command.distinct(trace=rest.trace, svg=show.svg, html=show.html)
     header, rows, _ = journal.read(rest.trace, "trace", ROW)
     if not rows or "opening" not in rows[0] or not isinstance(header.get("problem"), str):
         raise ValueError(f"{rest.trace!r} holds no run yet")
+    if show.html:
+        write_page(show.html, [{"format": "hogwild-trace-2", **header}, *rows])
+        if not show.svg:
+            return 0
     console = None
     if show.svg:
         journal.own_picture(show.svg, b"<svg")
