@@ -40,7 +40,7 @@ class Rope:
     rotates_last: bool = False
 
 
-def inverse_frequencies(config, layer_type=None):
+def inverse_frequencies(config, layer_type=None):  # exercise
     """Read the rotation of a model off its Hugging Face config.
 
     Args:
@@ -92,7 +92,7 @@ def layer_ropes(config):
     return [ropes[layer_type] for layer_type in types]
 
 
-def cos_sin(rope, positions):
+def cos_sin(rope, positions):  # exercise
     """cos and sin of the angles at `positions`, an int or a tensor [...]: two float32 [..., R/2].
 
     The angles are float64. Float32 has 24 bits, and the angle 100,000 needs 17 of them for its integer
@@ -102,7 +102,7 @@ def cos_sin(rope, positions):
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x, cos, sin, rotates_last=False):
+def rotate(x, cos, sin, rotates_last=False):  # exercise
     """Rotate the first (or the last) R dimensions of x [..., D] by angles, cos and sin [..., R/2].
 
     Half-split pairing, as in Llama, Qwen, Mistral, Phi, Gemma: dimension i is paired with i + R/2.
@@ -122,7 +122,7 @@ def rotate(x, cos, sin, rotates_last=False):
     return torch.cat(rotated, -1)
 
 
-def shift(keys, distance, rope):
+def shift(keys, distance, rope):  # exercise
     """Move cached keys [..., S, D] by `distance` positions: an int, or [S] integers, negative or not.
 
     The arithmetic is float32 and the result has the dtype of the keys, so in bfloat16 every shift rounds
@@ -212,12 +212,11 @@ def main():
           "Next: chapter 2 gives the keys a memory of blocks, each stored as if it began at position 0.")
 
 
-# Exercises
-# 1. Write `rotate` with complex numbers (torch.view_as_complex) and check that it agrees to 1e-6.
-# 2. Some models pair dimension 2i with 2i + 1 instead. Show that the two pairings differ by a fixed
-#    permutation of D.
-# 3. Shift a bfloat16 key by 1 a thousand times, and once by 1,000. How far apart are they, and why does
-#    chapter 2 move a finished step only once?
+# To rebuild this file and be checked: make exercise CHAPTER=1 DIR=mine. Questions, which
+# `python appendix/solutions.py 1.1` and so on answer by measuring:
+# 1. Write `rotate` with complex numbers. How far do the results differ?
+# 2. Some models pair dimension 2i with 2i + 1 instead. Which permutation of D makes one of the other?
+# 3. Shift a bfloat16 key by 1 a thousand times, and once by 1,000. How far apart are they?
 
 if __name__ == "__main__":
     main()

@@ -15,6 +15,7 @@ is all. Causality is visible = p + 1 in the own block; each worker may bring any
 packed into one row; there are neither masks over the memory nor padding. Workers see each other's tokens
 of the very same pass, too: lengths count them already, and each layer writes all new keys first.
 
+A drawing of views: appendix/drawings/one_memory.svg
 Symbols, for four workers in the combined layout: N 4 new tokens, B 10 rows of the tables.
 
 Left out: how attention is computed from the tables (chapter 4).    Run it: python 03_layouts.py
@@ -48,7 +49,7 @@ def interleaved(history, own, others, words):
     return [history, own]
 
 
-def combined(history, own, others, words):
+def combined(history, own, others, words):  # exercise
     """History, then all others' unfinished steps, each with dots behind it, then mine; with headings."""
     closed = [block for step in others for block in (step, words["dots"])]
     return [history, *([words["others"], *closed] if closed else []), words["own"], own]
@@ -72,10 +73,10 @@ class Layout:
         """Which separators a team of `workers` has: one who is alone needs none of the others' steps."""
         return [word for word in self.words if workers > 1 or word not in ("others", "dots")]
 
-    def final_view(self, history, own, others, words):
+    def final_view(self, history, own, others, words):  # exercise
         """What the early stop reads: everything, whatever the layout hides from its workers.
 
-        With separators if they are those of the combined layout; others are left out.
+        If the layout has all the separators of `combined`, that view; if not, that of `contiguous`.
         """
         known = {"others", "dots", "own"} <= {*self.words}
         return (combined if known else contiguous)(history, own, others, words)
@@ -106,7 +107,7 @@ class Tables:
     derived: dict = field(default_factory=dict, init=False, repr=False)
 
 
-def occurrences(view):
+def occurrences(view):  # exercise
     """The blocks of a view in order, each with how often it stood there before.
 
     The dots of the combined layout stand in a view once per other worker, and have as many rows.
@@ -125,14 +126,14 @@ def number_rows(views, rows):
     return rows
 
 
-def fill_tables(writers, rows=None):
+def fill_tables(writers, rows=None):  # exercise
     """Fill the two tables for one forward pass (paper, section 3.4 and appendix B).
 
     Args:
         writers: pairs (view, count), one per block that is written in this pass: the writer's view, its
             own block last (and nowhere else in it), and its number of new tokens, which are reserved
             already. The N tokens are packed in this order.
-        rows: rows that were numbered before, see number_rows; new blocks get further ones.
+        rows: rows that were numbered before, see number_rows; new blocks get further ones, in place.
     """
     rows = number_rows([view for view, _ in writers], {} if rows is None else rows)
     total = sum(count for _, count in writers)  # N
@@ -189,9 +190,11 @@ def play(name, passes):
                 texts[history], texts[block] = texts[history] + texts[block].lower(), ""
 
 
-def distances_in_view(view, texts):
-    """(slot, distance) of all that a worker's newest token sees, counted along its text, sorted."""
+def distances_in_view(view, texts, back=0):
+    """(slot, distance) of all that a worker's newest token sees (or that `back` tokens before it),
+    counted along its text, sorted."""
     slots = [block.start + j for block in view for j in range(len(texts[block]))]
+    slots = slots[:len(slots) - back]
     return sorted((slot, len(slots) - 1 - i) for i, slot in enumerate(slots))
 
 
@@ -217,9 +220,10 @@ def main():
                     strip = [(letter, COLOURS[letter.lower()]) for letter in letters]
                     console.print(Text.assemble(f"  {label:8}{who:6}", *strip))
                 last += count
-                distances = distances_in_view(view, texts)
-                assert distances == distances_in_tables(tables, last)
-                checked += len(distances)
+                for back in range(count):
+                    distances = distances_in_view(view, texts, back)
+                    assert distances == distances_in_tables(tables, last - back)
+                    checked += len(distances)
         print()
     *_, (tables, _) = play("combined", passes=9)
     print("The two tables of the last pass of 'combined': a row per block, a column per new token, "
@@ -232,11 +236,11 @@ def main():
           "Next: chapter 4 computes attention from these tables, and reads each key once for everybody.")
 
 
-# Exercises
-# 1. Add a layout in which every worker sees only its left neighbour's unfinished step. What changes?
-#    (Who is left of whom? Workers' blocks lie in the memory in their order: compare `start`.)
-# 2. In `combined`, who moves first when two workers finish a step in the same pass? Do others notice?
-# 3. How many integers do the tables hold for W workers who write one token each? Compare with a mask.
+# To rebuild this file and be checked: make exercise CHAPTER=3 DIR=mine. Questions, which
+# `python appendix/solutions.py 3.1` and so on answer by measuring:
+# 1. Add a layout in which everybody sees only the left neighbour's unfinished step. What changes?
+# 2. In `combined`, who moves first if two workers finish in the same pass? Do others notice?
+# 3. How many integers do the tables hold for W workers who write one token each? And a mask?
 
 if __name__ == "__main__":
     main()

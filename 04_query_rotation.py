@@ -14,6 +14,7 @@ and one softmax runs over all blocks. Three public hooks of transformers carry t
 no model class is touched: `position_ids` are in-block indices; the `Cache` is chapter 2's; and our
 attention has a name in `AttentionInterface`. Further keyword arguments of `model(...)` reach it.
 
+A drawing of that: appendix/drawings/turned_query.svg
 Symbols, for QwQ-32B and four workers: N 4 new tokens, B 10 rows of the tables, S 8,400 slots, Hq 40
 query heads, Hk 8 key-value heads, G = Hq // Hk 5, D 128 head size, Dv 128 of values, R 128 that rotate.
 
@@ -32,7 +33,7 @@ shared_cache = import_module("02_shared_cache")
 layouts = import_module("03_layouts")
 
 
-def attention_spec(q, k, v, tables, rotation, scale, window=None):
+def attention_spec(q, k, v, tables, rotation, scale, window=None):  # exercise
     """The specification, and the obvious engine: lay out each token's view, keys moved, and attend.
 
     Args:
@@ -63,7 +64,7 @@ def attention_spec(q, k, v, tables, rotation, scale, window=None):
     return torch.stack(outputs, 1).to(q.dtype)
 
 
-def attention(q, k, v, tables, rotation, scale, window=None):
+def attention(q, k, v, tables, rotation, scale, window=None):  # exercise
     """The same function, fast; same arguments, same result. Differentiable. CPU, CUDA, MPS.
 
     The queries of all workers and of the G heads that share a key are stacked into one matrix, so each
@@ -123,14 +124,14 @@ def prepare(tables, rotation, window, device):
     return tables.derived[kind]
 
 
-def first_slots(tables, window):
+def first_slots(tables, window):  # exercise
     """[B, N] the first slot of each row that is near enough to each token: 0 without a window."""
     if window is None:
         return torch.zeros_like(tables.visible)
     return (tables.position + tables.offset - window + 1).clamp(min=0)
 
 
-def visible_rows(tables, window):
+def visible_rows(tables, window):  # exercise
     """The rows that some token sees, as a list of Row, the long ones first."""
     rows, first = [], first_slots(tables, window)
     for b, sees in enumerate(first < tables.visible):  # sees: [N]
@@ -151,10 +152,7 @@ def read(memory, slots):
 
 def hook(module, query, key, value, attention_mask, scaling=None, sliding_window=None, hogwild=None,
          **others):
-    """What a model calls instead of its own attention: query [1, Hq, N, D] -> [1, N, Hq, Dv].
-
-    Every run in the pass attends for itself, with its own tables: strangers share weights, not scores.
-    """
+    """What a model calls instead of its own attention: query [1, Hq, N, D] -> [1, N, Hq, Dv]."""
     if hogwild is None:
         raise RuntimeError("this model is attached to the shared cache: call it through forward(), or "
                            "give it back its attention with model.set_attn_implementation('sdpa')")
@@ -167,9 +165,16 @@ def hook(module, query, key, value, attention_mask, scaling=None, sliding_window
         cache.write(layer, key[0], value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     memory, rest = (cache.keys[layer], cache.values[layer]), (cache.ropes[layer], scale, sliding_window)
-    queries = query[0].split([len(of_run.position) for of_run in tables], 1)  # per run: [Hq, its N, D]
-    outputs = [function(q, *memory, of_run, *rest) for q, of_run in zip(queries, tables)]
-    return torch.cat(outputs, 1).transpose(0, 1)[None].contiguous(), None
+    output = function(query[0], *memory, tables, *rest)  # [Hq, N, Dv]
+    return output.transpose(0, 1)[None].contiguous(), None
+
+
+def run_by_run(q, k, v, tables, *rest, function=attention):  # exercise
+    """`attention` in a pass of several runs, each with its own Tables, of the list `tables`: strangers
+    share weights, not scores."""
+    queries = q.split([len(of_run.position) for of_run in tables], 1)  # of each run: [Hq, its N, D]
+    outputs = [function(query, k, v, of_run, *rest) for query, of_run in zip(queries, tables)]
+    return torch.cat(outputs, 1)
 
 
 def attach(model):
@@ -235,20 +240,21 @@ def check_attached(model):
                          "it another attention, or it was given another one after attach()")
 
 
-def forward(model, cache, tables, ids, last, function=attention):
+def forward(model, cache, tables, ids, last, function=run_by_run):
     """One forward pass over N new tokens, all workers of all runs packed into one row.
 
     Args:
         model: attached to the shared cache; ids: [N] token ids, in the order of `cache.reserve`.
         tables: a list of Tables, one per run; the runs follow each other in the row.
-        last: indices of the tokens whose logits are wanted (each worker's last one).
-        function: `attention`, or another one of the same signature.
+        last: indices of the tokens whose logits are wanted (each worker's last one): a list, if the
+            layers are on several devices, or a tensor.
+        function: `run_by_run`, or another one of the same signature.
     Returns:
         logits [len(last), vocabulary].
     """
     check_attached(model)
     position = torch.cat([of_run.position for of_run in tables])  # [N]
-    ids, last, position = (torch.as_tensor(t, device=model.device) for t in (ids, last, position))
+    ids, position = (torch.as_tensor(t, device=model.device) for t in (ids, position))
     with torch.no_grad():
         output = model(ids[None], position_ids=position[None], past_key_values=cache, use_cache=True,
                        logits_to_keep=last, hogwild=(cache, tables, function))
@@ -315,10 +321,11 @@ def main():
           "Next: chapter 5 makes one GPU kernel of it; chapter 6 lets the workers write.")
 
 
-# Exercises
+# To rebuild this file and be checked: make exercise CHAPTER=4 DIR=mine. Questions, which
+# `python appendix/solutions.py 4.1` and so on answer by measuring:
 # 1. Count the multiplications of both functions at 8,192 tokens. Does that explain the times?
-# 2. Let `attention` keep bfloat16 scores (no .float() on keys, .to(k.dtype) on `rotated`), and measure.
-# 3. Give the prompt a block of its own that stands twice in every view. Which tables change? Which code?
+# 2. Keep scores in bfloat16. What is gained, and what is lost?
+# 3. Let a block stand twice in a view. Which tables change, and which code?
 
 if __name__ == "__main__":
     main()

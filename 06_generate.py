@@ -19,16 +19,17 @@ It is fed together with the token that ended the step, so passes are ragged; the
 
 Left out: loading models, the display, files (appendix).    Run it: python 06_generate.py, or with --help
 """
+import os
 import random
 import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
-
-import torch
+from itertools import accumulate
 
 from appendix import adapters, batching, command, engine, journal, models, protocol, puzzles, screen
+from appendix.guests import add, dismiss, say
 from appendix.protocol import CHECK, FORMS, SEPARATORS, header, step_ended
 from appendix.settings import Settings
 
@@ -41,7 +42,7 @@ class TooLong(ValueError):
     """What the workers have to read does not fit into the context, with an answer behind it."""
 
 
-def feed(model, cache, groups, forward=query_rotation.forward):
+def feed(model, cache, groups, forward=query_rotation.forward):  # exercise
     """One forward pass for any number of runs.
 
     Args:
@@ -54,7 +55,7 @@ def feed(model, cache, groups, forward=query_rotation.forward):
     """
     writers = [writer for group in groups for writer in group]
     ids = [i for _, ids in writers for i in ids]  # [N]
-    last = torch.tensor([len(ids) for _, ids in writers]).cumsum(0) - 1  # [writers]
+    last = [end - 1 for end in accumulate(len(ids) for _, ids in writers)]  # [writers]
     with cache.rewound(only_on_error=True):
         cache.reserve([(view[-1], len(ids)) for view, ids in writers])
         tables = [layouts.fill_tables([(view, len(ids)) for view, ids in group]) for group in groups]
@@ -77,6 +78,7 @@ class Worker:
     step: int = 1
     checks_due: int = 0  # so many of its next steps open with the collaboration check
     finished: bool = False  # wrote the end of text
+    before: str = ""  # its own words in the steps before this one
 
     @property
     def own_text(self):
@@ -104,10 +106,11 @@ class Hogwild:
         ValueError: an empty problem; a model, layout or prompt of no use. TooLong: see there.
     """
 
+    say, add_worker, dismiss = say, add, dismiss  # somebody does so between two passes
+
     def __init__(self, model, tokenizer, problem, settings=None, forward=None, cache=None):
         self.model, self.tokenizer, self.problem = model, tokenizer, problem.strip()
-        self.forward = forward or engine.best_forward(model.device)
-        self.settings = settings or Settings()
+        self.forward, self.settings = forward or engine.best_forward(model), settings or Settings()
         if not self.problem:
             raise ValueError("the problem is empty; give the workers something to solve")
         self.encode, self.decode = partial(models.encode, tokenizer), partial(models.decode, tokenizer)
@@ -134,9 +137,13 @@ class Hogwild:
         """Token ids of the common text, and those with which each worker's block begins."""
         ids = models.encode_prompt(self.tokenizer, self.template, self.problem)
         if self.layout.headers:
-            return ids, [self.encode("\n\n" + header(name, 1)) for name in self.settings.workers]
+            return ids, [self.encode(self.first_words(name)) for name in self.settings.workers]
         # The logits of the prompt's last token give everybody's first word.
         return ids[:-1], [ids[-1:] for _ in self.settings.workers]
+
+    def first_words(self, name):
+        """How the first step of a worker begins, where steps have headers."""
+        return "\n\n" + header(name, 1) + (self.settings.opening or "").replace("{name}", name)
 
     def build(self, prompt_ids, openings):
         """Reserve memory for what the run is likely to need, and encode the prompt and the separators.
@@ -159,11 +166,21 @@ class Hogwild:
         if len(prompt_ids) + sum(map(len, openings)) + self.reserve > self.context:
             raise TooLong(f"the prompt takes {len(prompt_ids)} tokens, an answer {self.reserve}, and "
                           f"the context ends at {self.context}: shorten the problem")
-        for i in range(0, len(prompt_ids), 512):  # in pieces, as scores take tokens x context numbers
+        known = self.copy_beginning(prompt_ids)
+        for i in range(known, len(prompt_ids), 512):  # in pieces: scores take tokens x context numbers
             self.fed([([self.history], prompt_ids[i:i + 512])])
         self.encode_separators()
         if self.ending in ("context", "room"):
             raise TooLong(f"the prompt leaves no room in {self.context} tokens: shorten the problem")
+
+    def copy_beginning(self, ids):
+        """What a prompt in the cache begins with, too, is copied and not encoded. Returns its length."""
+        known = {block: len(os.path.commonprefix([ids, other]))
+                 for block, other in self.cache.prompts.items()}
+        if best := max(known, key=known.get, default=None):
+            self.cache.copy(best, self.history, known[best])
+        self.cache.prompts[self.history] = ids
+        return known.get(best, 0)
 
     def enlist(self, name, ids):
         """Make a worker whose block opens with `ids`. (Without headers, they are nobody's text.)"""
@@ -238,8 +255,7 @@ class Hogwild:
         """Give each writing worker its token, and close the steps that are over. Returns the record."""
         record = {"fed": {}, "sampled": {}, "text": {}, "closed": [], "events": self.events}
         writing = self.next_writers()
-        self.ids[self.history] += self.said
-        self.events, self.said = [], []
+        self.ids[self.history], self.events, self.said = self.ids[self.history] + self.said, [], []
         for w, token in zip(writing, tokens):
             record["fed"][w.name], record["sampled"][w.name] = w.pending, token
             self.ids[w.block] += w.pending
@@ -251,8 +267,9 @@ class Hogwild:
         self.schedule_checks(writing)
         for w in writing:
             if w.finished or self.is_over(w):
-                answer = self.form.find(w.own_text, self.given)
+                answer = self.found(w)
                 if not w.finished:
+                    w.before += w.own_text
                     record["closed"].append(self.close_step(w))
                 if answer:
                     self.boxed_by(w, answer)
@@ -260,14 +277,16 @@ class Hogwild:
         self.passes.append(record)
         return record
 
-    def is_over(self, w):
-        """Does w's step end here? By its text, or as it is too long and a line ends, or its room."""
+    def is_over(self, w):  # exercise
+        """Does w's step end here? By its text; or, where steps move, as it has `max_step` tokens with
+        the one just sampled, and a line ends (not in a code fence; blanks may follow); or as behind that
+        one and one more there would be less room than `self.reserve`."""
         line_end = w.own_text.rstrip(" \t").endswith("\n") and not protocol.fence_open(w.own_text)
         long = w.block.length + 1 >= self.settings.max_step and line_end
         full = w.block.length + 2 + self.reserve > w.block.capacity  # 2: this token, and one more
-        return step_ended(w.own_text) or (self.layout.moves and (long or full))
+        return step_ended(w.own_text, self.settings.marks) or (self.layout.moves and (long or full))
 
-    def close_step(self, w):
+    def close_step(self, w):  # exercise
         """Move w's block to the history, and open the next step. Returns what the record says of it.
 
         Bob's block holds `**Bob [1]:** It is 5.`; the token he samples now completes a blank line. It is
@@ -279,21 +298,22 @@ class Hogwild:
         w.checks_due, w.step = max(0, w.checks_due - 1), w.step + 1
         if self.layout.moves:
             self.to_history(w)
-            carried = self.decode(w.ids[-1:])
-            breaks = "\n\n"[len(carried) - len(carried.rstrip("\n")):]
-            opening = breaks + header(w.name, w.step) + opening
+            last = self.decode(w.ids[-1:])
+            opening = "\n\n"[len(last) - len(last.rstrip("\n")):] + header(w.name, w.step) + opening
         inserted = self.encode(opening) if opening else []
         w.ids = w.pending = [w.ids[-1], *inserted]
         w.text = self.decode(w.ids)
         w.start = len(w.text)
         return {**closed, "opened": w.text if self.layout.moves else self.decode(inserted)}
 
-    def schedule_checks(self, writing):
-        """Once every `check_every` generated tokens, somebody is asked as it opens its next step."""
+    def schedule_checks(self, writing):  # exercise
+        """Once every `check_every` of self.generated tokens (0: never, nor where steps have no headers),
+        one of `writing` who has not finished is asked as it opens its next step: for multiple n, from 0,
+        random.Random(f"{seed} check {n}").choice of these, so that a run can be repeated."""
         every, before = self.settings.check_every, self.generated
         self.generated += len(writing)
         asked = [w for w in writing if not w.finished]
-        if every and asked and self.layout.headers:  # (every 0: never)
+        if every and asked and self.layout.headers:
             for number in range(before // every, self.generated // every):
                 random.Random(f"{self.settings.seed} check {number}").choice(asked).checks_due += 1
 
@@ -331,8 +351,11 @@ class Hogwild:
 
     def written_answer(self):
         """The answer that was written in time, in a finished step or else an unfinished one, or None."""
-        unfinished = (self.form.find(w.own_text, self.given) for w in self.workers)
-        return self.boxed or next(filter(None, unfinished), None)
+        return self.boxed or next(filter(None, map(self.found, self.workers)), None)
+
+    def found(self, w):
+        """The answer in w's own words (a program may stand in a step before its box), or None."""
+        return self.form.find(w.before + w.own_text, self.given)
 
     def answer(self):
         """The answer now (early stop; paper, section 4.1 and appendix C). The run does not notice."""
@@ -345,10 +368,9 @@ class Hogwild:
             return written
         *others, last = self.workers
         unread = [(self.view(w), w.pending) for w in others if w.pending]  # none: its text has ended
-        said = yield from self.concluding([(self.view(last, final=True), last.pending)], unread)
-        return said[0]
+        return (yield from self.concluding([(self.view(last, final=True), last.pending)], unread))[0]
 
-    def concluding(self, asked, unread=()):
+    def concluding(self, asked, unread=()):  # exercise
         """A job: what the writers `asked`, pairs (view, ids), say if they have to answer now.
 
         Their blocks get the finisher, at most `answer_tokens` are decoded greedily, and all blocks are
@@ -370,8 +392,7 @@ class Hogwild:
             for block, length in lengths.items():
                 block.length = length
         texts = [self.decode([i for i in ids if i not in self.ends]) for ids in said]
-        inside = map(self.form.inside, texts)
-        return [text.strip() if part is None else part for text, part in zip(texts, inside)]
+        return [text.strip() if (part := self.form.inside(text)) is None else part for text in texts]
 
     def release(self):
         """Give the memory of a run that is over back to its cache, for others."""
@@ -382,25 +403,29 @@ class Hogwild:
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
-    kinds = [Settings, models.Options, screen.Options]
+    kinds = Settings, models.Options, screen.Options
     parser = command.Parser(kinds, description=__doc__.split("\n")[0])
-    parser.add_argument("problem", nargs="?", default=puzzles.EXAMPLE,
-                        help="its text; '-': from standard input")
+    parser.add_argument("problem", nargs="?", default=puzzles.EXAMPLE, help="text; '-': standard input")
     settings, options, show, rest = parser.read(argv, ["prompt"], adapters.settings)
     problem = command.text(sys.stdin.read() if rest.problem == "-" else rest.problem, "problem")
     about = {"problem": problem, **asdict(settings), "model": options.model, "dtype": options.dtype}
+    if team := models.processes():
+        if show.save:
+            raise ValueError("--save keeps what one process does: leave it out under torchrun")
+        sys.stdout = sys.stdout if team.is_main_process else open(os.devnull, "w")
     with journal.Journal(show.save, "trace", about, screen.ROW, may_differ=["max_passes"]) as trace:
-        model, tokenizer = models.prepared(options)
+        model, tokenizer = models.prepared(options, team)
         if remark := adapters.remark(options.model, problem):
             print(remark, file=sys.stderr)
-        forward = engine.best_forward(model.device, options.attention)
-        run = Hogwild(model, tokenizer, problem, settings, forward)
+        run = Hogwild(model, tokenizer, problem, settings, engine.best_forward(model, options.attention))
         run = import_module("appendix.recording").resumed(run, trace)
-        with screen.Screen(problem, trace.rows[0], show.plain) as display, screen.Stopping() as stopping:
+        display = import_module("appendix.join_in").Screen(problem, trace.rows[0], show)
+        with screen.Stopping() as stopping, display:
             for record in run.passes:
                 display.show(record)
             while run.ending is None and not stopping.asked:
                 with command.failing(f"pass {len(run.passes) + 1}"):
+                    display.take_part(run)
                     trace.add(run.advance())
                 display.show(run.passes[-1])
         if stopping.asked:
@@ -415,10 +440,11 @@ def main(argv=None):
     return 0
 
 
-# Exercises
-# 1. Let Alice and Bob speak different languages (--prompt FILE). Does one build on the other's steps?
-# 2. Run the same problem with --layout independent and combined, same seed. Where do the texts part?
-# 3. Ask for the answer every 32 passes, in a loop of your own. Does the run go on as if you had not?
+# To rebuild this file and be checked: make exercise CHAPTER=6 DIR=mine. Questions, which
+# `python appendix/solutions.py 6.1` and so on answer by measuring:
+# 1. Which share of the tokens that are fed did nobody pick? What do they cost?
+# 2. With --layout independent and combined: where do the same worker's texts part?
+# 3. Ask for the answer every 32 passes. Does the run go on as if you had not?
 
 if __name__ == "__main__":
     sys.exit(command.one_sentence(main))

@@ -14,7 +14,8 @@ lines more:
     no-early-stop        the same, but an answer counts only if it was written in time
     self-consistency:W   independent workers; the answer is given with all their text in view
     vote:W               the same, but the most frequent of their answers wins
-    debate:W             the same twice: in the second round, everybody has read the others
+    debate:W             the same twice: in the second round, everybody has read the others (debate-3:W,
+                         debate-4:W: so many rounds; each has its share of the largest budget)
     skeleton, skeleton:W an outline; a thread per point, all at once or W taking turns; then one worker
     fork-join            one worker, who hands parts over to others while it writes on
 
@@ -24,10 +25,10 @@ intervals. With a handful of problems they are wide. Left out: problems and grad
 the rivals (appendix/methods.py), intervals and pictures (appendix/curves.py).
 Run it: python 07_eval_limo.py       (a minute: one worker and two, two lists; --help has the rest)
 """
-import os
 import sys
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from time import perf_counter
 from traceback import extract_tb
@@ -40,7 +41,6 @@ from appendix import (
     adapters,
     batching,
     command,
-    curves,
     engine,
     journal,
     models,
@@ -50,7 +50,7 @@ from appendix import (
     tasks,
 )
 from appendix.command import option
-from appendix.results import NOTHING, ROW, files_of, key_of, one_each, read
+from appendix.results import NOTHING, ROW, asked_at, files_of, key_of, one_each, read, report
 
 shared_cache = import_module("02_shared_cache")
 query_rotation = import_module("04_query_rotation")
@@ -60,7 +60,7 @@ Hogwild, SOLO, written = generate.Hogwild, methods.SOLO, methods.written
 
 # ------------------------------------------------------------------------- runs, asked at every budget
 
-def evaluate(runs, problem, budgets, early_stop=True):
+def evaluate(runs, problem, budgets, early_stop=True):  # exercise
     """A job (appendix/batching.py): runs one after the other, asked at every budget on the way.
 
     The answer is asked for in the cache that is there, and the run goes on as though nobody had asked.
@@ -73,7 +73,7 @@ def evaluate(runs, problem, budgets, early_stop=True):
         early_stop: ask for an answer; or else only what was written in time counts.
     Returns:
         a dict, ready for JSON: "answers": {a budget, as a text: {"answer": text or None, "score": 0 to
-        1, "understood": bool, "passes", "seconds"}}; "passes", "tokens", "seconds" (others use them,
+        1, "understood": bool, "passes", "tokens", "seconds"}}; these three in all (others use seconds,
         too, if jobs go on side by side) of all runs; "ending" of the last one; "step_ends": [(pass,
         worker)]; "text": [all that a worker has written], run after run.
     """
@@ -84,7 +84,7 @@ def evaluate(runs, problem, budgets, early_stop=True):
         answer = (yield from run.asking()) if early_stop else run.written_answer()
         score, understood = tasks.mark(answer, problem)
         return {"answer": answer, "score": score, "understood": understood, "passes": passes,
-                "seconds": seconds}
+                "tokens": tokens, "seconds": seconds}
 
     try:
         for run in runs:
@@ -120,11 +120,12 @@ METHODS = {
     "interleaved": (Hogwild, {"layout": "interleaved"}, 2), "no-check": (Hogwild, {"check_every": 0}, 2),
     "re-encode": (methods.Reencode, {}, 2), "baseline": (Hogwild, SOLO, 1),
     "no-early-stop": (Hogwild, SOLO, 1), "self-consistency": (methods.Samples, SOLO, 2),
-    "vote": (methods.Votes, SOLO, 3), "debate": (methods.debate, SOLO, 2),
+    "vote": (methods.vote, SOLO, 3), "debate": (methods.debate, SOLO, 2),
+    **{f"debate-{rounds}": (partial(methods.debate, rounds=rounds), SOLO, 2) for rounds in (3, 4)},
     "skeleton": (methods.skeleton, SOLO, None), "fork-join": (methods.fork_join, SOLO, None)}
 
 
-def method(spec):
+def method(spec):  # exercise
     """Take a method's name apart: hogwild:4 -> (its one name in tables and files, what runs it, settings
     that differ, 4). Raises ValueError if there is no such method."""
     name, colon, count = spec.partition(":")
@@ -139,7 +140,7 @@ def method(spec):
     return name if workers is None or most == 1 else f"{name}:{workers}", kind, differs, workers
 
 
-def runs_of(spec, model, tokenizer, problem, settings, forward=None, cache=None):
+def runs_of(spec, model, tokenizer, problem, settings, forward=None, cache=None):  # exercise
     """The runs of a method on a problem, one after the other (usually there is one). The method changes
     those of `settings` (chapter 6) that are its own."""
     _, kind, differs, workers = method(spec)
@@ -154,50 +155,11 @@ def runs_of(spec, model, tokenizer, problem, settings, forward=None, cache=None)
     return kind(start, asked, workers)
 
 
-# ------------------------------------------------------------------------------------------- statistics
-
-def summary(rows, budgets):
-    """Per method, over the problems that all methods have done: what the report prints."""
-    names = sorted({row["method"] for row in rows})
-    done = [{key_of(row)[1:] for row in rows if row["method"] == name} for name in names]
-    common = set.intersection(*done)  # of (problem, seed)
-    if not common:
-        raise ValueError("there is no problem yet that all methods have done: nothing to compare")
-    rows = [row for row in rows if key_of(row)[1:] in common]
-    return {name: figures([row for row in rows if row["method"] == name], budgets) for name in names}
-
-
-def figures(rows, budgets):
-    """What the report prints of one method.
-
-    Several seeds of one problem are no new problem: they are averaged first, and intervals count
-    problems. A fault is no right answer.
-    """
-    def column(name):
-        return np.array([[row["answers"][str(budget)][name] for budget in budgets] for row in rows])
-
-    problems = np.array([row["problem"] for row in rows])  # [runs]
-    scores = column("score")  # [runs, budgets]
-    right = scores == 1  # [runs, budgets]
-    first = column("passes")[right & (right.cumsum(1) == 1)]  # of each run that gave a right answer
-    scores = np.array([scores[problems == number].mean(0) for number in np.unique(problems)])
-    final = [row["answers"][str(budgets[-1])] for row in rows if not row["error"]]
-    given = [entry["understood"] for entry in final if (entry["answer"] or "").strip()]
-    return {"runs": len(rows), "count": len(scores), "scores": scores, "accuracy": scores.mean(0),
-            "seconds": column("seconds").sum(0) / max(1, len(final)), "none": len(final) - len(given),
-            "not_understood": given.count(False), "faults": len(rows) - len(final),
-            "context": sum(row["ending"] in ("context", "room") for row in rows),
-            "passes_to_right": first.mean() if len(first) else None}
-
-
-def report(header, rows, png=None):
-    """Print the tables of an evaluation, and draw its curves."""
-    curves.report(header, summary(one_each(rows), header["budgets"]), png)
-
-
 # ------------------------------------------------------------------------------------------ processes
 
-COMMON = ["greedy", "check_every", "answer_tokens", "context"]  # chapter 6's settings, the same for all
+FIRST = 12  # passes, after which we can say how long all of it will take
+# Chapter 6's settings, the same for all methods.
+COMMON = ["greedy", "check_every", "answer_tokens", "context", "marks", "opening"]
 
 
 def run_missing(what, header, problems, wanted):
@@ -207,18 +169,16 @@ def run_missing(what, header, problems, wanted):
     (tensor parallel) each holds a share of every weight, all go through the same runs, and the first one
     writes.
     """
-    rank, count = (int(os.environ.get(*name)) for name in (("RANK", 0), ("WORLD_SIZE", 1)))
+    team = models.processes()
+    rank, count = (team.process_index, team.num_processes) if team else (0, 1)
     shares = 1 if what.tensor_parallel else count  # the runs are divided into so many
     file = what.out if rank == 0 else f"{what.out}.rank{rank}-of-{count}" if shares > 1 else None
-    team = None
-    if count > 1:
-        from accelerate import PartialState
-        # Whoever is ready first waits for the others, however long they take.
-        team = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
-    with journal.Journal(file, "evaluation", header, ROW, durable=True) as results:
+    # (Rounds of a debate are shares of the largest budget: other budgets, other debates.)
+    may_differ = [] if any(spec.startswith("debate") for spec in what.methods) else ["budgets"]
+    with journal.Journal(file, "evaluation", header, ROW, may_differ, durable=True) as results:
         def found():
             return one_each([*read(files_of(what.out), header)[1], *results.rows])
-        done = {key_of(row) for row in found() if not row["error"]}
+        done = {key_of(row) for row in found() if asked_at(row, what.budgets)}
         todo = [key for key in wanted if key not in done]
         if not rank:
             print(f"{len(problems)} problems, {len(what.methods)} methods, {len(what.seeds)} seeds: "
@@ -238,12 +198,12 @@ def run_all(todo, what, team, problems, results, bar):
     """Do the runs, several side by side. A fault in one of them is kept as its result, and the others go
     on."""
     model, tokenizer = models.prepared(what, team)
-    forward = engine.best_forward(model.device, what.attention)
+    forward = engine.best_forward(model, what.attention)
     cache = shared_cache.SharedCache(query_rotation.attach(model))
 
     def runs(begun, spec, number, seed):
         """The runs of a job, which are noted as they begin."""
-        settings = what.settings(seed)
+        settings = what.settings(spec, seed)
         for run in runs_of(spec, model, tokenizer, problems[number], settings, forward, cache):
             begun.append(run)
             yield run
@@ -269,18 +229,34 @@ def run_all(todo, what, team, problems, results, bar):
         """A pass, unless somebody wants this process to stop."""
         if stopping.asked:
             raise KeyboardInterrupt
+        if len(times) < FIRST:
+            times.append(perf_counter())
+            if len(times) == FIRST:
+                each = (times[-1] - times[1]) / (FIRST - 2)  # (the first one makes the memory)
+                most = each * what.budgets[-1] * len(todo) / len(groups)
+                bar.console.print(f"passes of {len(groups)} runs take {each:.2f} s: all will take about "
+                                  f"{timedelta(seconds=round(most))}, if no run ends early")
         return generate.feed(model, cache, groups, forward)
 
-    at_once, faults, at_work = what.batch, 0, []
+    def free():
+        """Free bytes; if processes share the model, of the one that has least: all have to do the
+        same."""
+        least = torch.tensor(models.free_memory(model.device), device=model.device)
+        if what.tensor_parallel:
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        return int(least)
+
+    at_once, faults, at_work, times, last = what.batch, 0, [], [], str(what.budgets[-1])
     if at_once is None:
-        at_once = batching.as_memory_allows(cache, lambda: models.free_memory(model.device))
+        at_once = batching.as_memory_allows(cache, free)
     with screen.Stopping() as stopping:
         bar.add_task("starts", total=len(todo))
         for row in batching.side_by_side((job(*key) for key in todo), feed, at_once):
             results.add(row)
-            past = [other for other in one_each(results.rows) if other["method"] == row["method"]]
-            bar.update(bar.task_ids[0], advance=1, description=f"{row['method']}: "
-                       f"{figures(past, what.budgets)['accuracy'][-1]:.0%} right so far")
+            past = [other["answers"][last]["score"] for other in one_each(results.rows)
+                    if other["method"] == row["method"] and last in other["answers"]]
+            bar.update(bar.task_ids[0], advance=1,
+                       description=f"{row['method']}: {np.mean(past or 0):.0%} right so far")
             faults = faults + 1 if row["error"] else 0
             if faults >= 5 and faults > len(at_work):  # (others may be about to do better)
                 raise command.Failed(f"{faults} runs in a row failed, so the others would, too: "
@@ -297,13 +273,16 @@ class Evaluation(models.Options):
     data: str | None = option(None, "problems: a JSONL file with question and answer")
     methods: list[str] = option(["hogwild:1", "hogwild:2"],
                                 f"{', '.join(METHODS)}; with :W: workers")
-    budgets: list[int] | None = option(None, "passes (default: 80 160 240; with --model 256 ... 4096)")
+    budgets: list[int] | None = option(None, "passes (default: 80 ... 240; with --model 256 ... 4096)")
     limit: int | None = option(None, "the first N problems only (default: 2; with --model all)")
     batch: int | None = option(None, "so many runs share each pass (default: what memory allows)")
     seeds: list[int] = option([0], "all of it once per seed")
     greedy: bool = option(False, "always the likeliest token")
     answer_tokens: int | None = option(None, "longest answer (default: the task's)")
     check_every: int = option(1024, "generated tokens between checks for redundant work; 0: never")
+    marks: str = option(protocol.MARKS, "what ends a sentence; a blank line behind it ends a step")
+    opening: str | None = option(None, "how everybody in a team begins; {name} is filled in")
+    prompt: str | None = option(None, "another prompt for teams, with {problem} in it (here: its file)")
     context: int | None = option(None, "tokens that may be in view (default: what the config says)")
     out: str = option("eval.jsonl", "results are kept, and found, here")
     report: list[str] | None = option(None, "only report on these results")
@@ -323,10 +302,12 @@ class Evaluation(models.Options):
         command.at_least(self, limit=1, answer_tokens=1, batch=1)
         command.distinct(out=self.out, png=self.png, data=self.data)
 
-    def settings(self, seed):
-        """Chapter 6's, as far as methods have them in common."""
+    def settings(self, spec, seed):
+        """Chapter 6's, before a method changes some. Who is alone gets the plain prompt."""
         common = {name: getattr(self, name) for name in COMMON}
         common = {**adapters.settings(self.model), **common}
+        if self.prompt and method(spec)[2] is not SOLO:
+            common["prompt"] = self.prompt
         form = tasks.TASKS[self.task].form
         return generate.Settings(seed=seed, max_passes=self.budgets[-1], form=form, **common)
 
@@ -334,12 +315,8 @@ class Evaluation(models.Options):
 def main(argv=None):
     """Run the command line; returns the exit code."""
     parser = command.Parser(Evaluation, description=__doc__.split("\n")[0])
-    what, = parser.read(argv, wanted=adapters.settings)
-    if what.png:
-        journal.own_picture(what.png, b"\x89PNG")
-        import_module("matplotlib")  # else it would be missed when all is done
-        if not what.png.endswith(".png"):
-            raise ValueError(f"--png draws a PNG, so {what.png!r} has to end in .png")
+    what, = parser.read(argv, ["prompt"], adapters.settings)
+    journal.own_png(what.png)
     if what.report:
         files = [file for path in what.report for file in files_of(path) or [path]]
         header, rows = read(files)
@@ -352,28 +329,30 @@ def main(argv=None):
     if tasks.TASKS[what.task].form == "code":
         programs.check()
     what.answer_tokens = what.answer_tokens or tasks.TASKS[what.task].answer_tokens
-    header = {name: getattr(what, name) for name in ["dtype", "task", "data", "budgets", *COMMON]}
-    header["model"] = what.model
+    names = ["model", "dtype", "task", "data", "budgets", "prompt", *COMMON]
+    header = {name: getattr(what, name) for name in names}
     header["data"] = what.data and tasks.label(what.data)
-    list(map(what.settings, what.seeds))  # says what is wrong with one of them
     wanted = [(spec, number, seed) for number in range(len(problems)) for seed in what.seeds
               for spec in what.methods]
+    for spec, _, seed in wanted:  # says what is wrong with one of them
+        what.settings(spec, seed)
     rows = run_missing(what, header, problems, wanted)
     if rows:
         report(header, rows, what.png)
-        failed = [row for row in rows if row["error"] and key_of(row) in wanted]
+        failed = [row for row in rows if not asked_at(row, what.budgets) and key_of(row) in wanted]
         if failed:
+            why = failed[0]["error"] or "it has been asked at other budgets, and failed at these"
             raise command.Failed(f"{len(failed)} of {len(wanted)} runs failed (the same command tries "
-                                 f"them again), the first one: {failed[0]['error']}")
+                                 f"them again), the first one: {why}")
         print(f"[OK] {len(wanted)} runs are in {what.out}, each answered at {len(what.budgets)} budgets")
     return 0
 
 
-# Exercises
-# 1. Add a method: workers who see each other, but are told nothing about it. What do you expect?
-# 2. From which number of problems on could two methods with 60 % and 70 % be told apart? Why does it
-#    help that both have done the same problems? (curves.interval, curves.difference)
-# 3. vote:3 and self-consistency:3 have the same samples. When does looking at all of them say more?
+# To rebuild this file and be checked: make exercise CHAPTER=7 DIR=mine. Questions, which
+# `python appendix/solutions.py 7.1` and so on answer by measuring:
+# 1. How many problems does it take to tell methods with 60 % and 70 % apart? Why does it help if both
+#    do the same ones? (curves.interval, curves.difference)
+# 2. When is a vote of three better than one sample? And than all three read by somebody?
 
 if __name__ == "__main__":
     sys.exit(command.one_sentence(main))

@@ -1,11 +1,12 @@
 # make demo: a list of problems, for one worker and for two. make race: whoever finds it stops the others. make team: a tiny
 # model that has learned nothing else. make test: everything is checked. All of them set up what they need.
+# make exercise CHAPTER=3 DIR=mine: chapter 3 without the bodies that matter. make check CHAPTER=3 DIR=mine: is it right?
 # Needs Python >= 3.10 with venv, and make. Nothing is installed twice.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo race team test mutations speed lint clean
+.PHONY: demo race team exercise check test mutations speed speed-batch lint clean
 demo: $(VENV)/ready
 	$(BIN)/python appendix/demo.py
 
@@ -15,15 +16,22 @@ race: $(VENV)/ready
 team: $(VENV)/ready
 	$(BIN)/python appendix/tiny_team.py
 
+exercise check: $(VENV)/ready
+	$(BIN)/python appendix/exercises.py $(CHAPTER) $(DIR) $(if $(filter check,$@),--check)
+
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# Each of some seventy small faults is put into a copy of the code; the tests have to notice it.
+# Each of some two hundred small faults is put into a copy of the code; the tests have to notice it.
 mutations: $(VENV)/ready
 	$(BIN)/python tests/mutations.py
 
 speed: $(VENV)/ready
 	$(BIN)/python tests/speed.py
+
+# Problems per second, if 8 or 16 of them share each pass.
+speed-batch: $(VENV)/ready
+	$(BIN)/python tests/speed_batch.py
 
 lint: $(VENV)/ready
 	$(BIN)/python -m ruff check .

@@ -155,10 +155,10 @@ def main():
     console.print(f"[OK] one pass gives the logits of many (to {error:.0e})")
 
 
-# Exercises
-# 1. Let the Ledger keep one part per block, so that the history is one row. Which tokens go wrong?
-# 2. Train SmolLM2 on a run that you like (learning rate 1e-5, ten steps). How does the next one begin?
-# 3. frugal_attention computes pieces twice. What would keeping the sums of the softmax take instead?
+# To rebuild this file and be checked: make exercise CHAPTER=recording DIR=mine. Questions, which
+# `python appendix/solutions.py recording.1` and so on answer by measuring:
+# 1. How many integers have the tables of a recording, and how many would a mask have?
+# 2. Train SmolLM2 on a run that you like (learning rate 1e-5, ten steps). How does the loss change?
 
 if __name__ == "__main__":
     sys.exit(command.one_sentence(main))

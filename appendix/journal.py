@@ -168,7 +168,16 @@ def own_picture(path, magic):
             if not file.read(len(magic)).startswith(magic):
                 raise ValueError(f"{path!r} exists and is something else: name another file")
     except FileNotFoundError:
-        if not Path(path).parent.is_dir() or not os.access(Path(path).parent, os.W_OK):
+        if not os.access(Path(path).parent, os.W_OK):
             raise ValueError(f"{path!r} cannot be written: its folder must exist") from None
     except OSError as error:
         raise ValueError(f"{path!r} cannot be written ({error.strerror})") from error
+
+
+def own_png(path):
+    """Raise ValueError, or ImportError, unless a PNG can be drawn there. None: nothing is drawn."""
+    if path:
+        if not path.endswith(".png"):
+            raise ValueError(f"--png draws a PNG, so {path!r} has to end in .png")
+        own_picture(path, b"\x89PNG")
+        import matplotlib  # noqa: F401 (else it would be missed when all is done)

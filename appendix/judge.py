@@ -24,7 +24,17 @@ from rich.console import Console
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from appendix import command, curves, engine, journal, models, protocol, results, tasks  # noqa: E402
+from appendix import (  # noqa: E402
+    adapters,
+    command,
+    curves,
+    engine,
+    journal,
+    models,
+    protocol,
+    results,
+    tasks,
+)
 from appendix.command import option  # noqa: E402
 
 generate = import_module("06_generate")
@@ -69,6 +79,8 @@ That was all. Your task is to judge their collaboration, not to go on with their
 level from 1 upwards, what shows that it is reached, until one is not. End with the highest level that is
 reached, a number from 1 to 6 within \boxed{{}}."""
 VOTES = 3
+SYNC = {"self-consistency": "no sync", "vote": "no sync", "interleaved": "step-wise", **dict.fromkeys(
+    ("hogwild", "contiguous", "no-check", "re-encode"), "token-wise")}  # teams (in one stage), by method
 ROW = {"method": str, "problem": int, "seed": int, "levels": [(int, None)]}
 
 
@@ -88,8 +100,8 @@ class Options(models.Options):
         """Raise ValueError, one sentence, if something makes no sense."""
         command.at_least(self, limit=1, seed=0, verdict_tokens=1)
         command.distinct(out=self.out, png=self.png)
-        if self.png and not self.png.endswith(".png"):
-            raise ValueError(f"--png draws a PNG, so {self.png!r} has to end in .png")
+        if self.endpoint and self.model == adapters.COLLABORATOR:
+            raise ValueError("--endpoint needs --model, too: which of the server's models is to judge")
 
 
 def page(texts):
@@ -108,13 +120,14 @@ def level_of(verdict):
 def local(options):
     """A judge: a model of transformers, in chapter 6's loop. prompt, seed -> verdict."""
     model, tokenizer = models.prepared(options)
-    forward = engine.best_forward(model.device, options.attention)
+    forward = engine.best_forward(model, options.attention)
 
     def judge(prompt, seed):
-        """Let one worker write a verdict."""
+        """Let one worker write a verdict, to its end."""
         settings = generate.Settings(["1"], max_passes=options.verdict_tokens, check_every=0, seed=seed,
                                      prompt="{problem}", **methods.SOLO)
         run = generate.Hogwild(model, tokenizer, prompt, settings, forward)
+        run.boxed_by = lambda *_: None  # a level that is named on the way is none
         while run.ending is None:
             run.advance()
         return methods.written(run)[0]
@@ -132,9 +145,9 @@ def remote(options):
     def judge(prompt, seed):
         """Ask for a verdict."""
         try:
-            told = [{"role": "user", "content": prompt}]
-            said = client.chat.completions.create(model=options.model, messages=told, seed=seed,
-                                                  max_tokens=options.verdict_tokens)
+            said = client.chat.completions.create(
+                model=options.model, messages=[{"role": "user", "content": prompt}], seed=seed,
+                max_tokens=options.verdict_tokens)
         except OpenAIError as error:
             raise ValueError(f"the judge at {options.endpoint} did not answer: "
                              f"{command.first_line(error)}") from error
@@ -155,7 +168,7 @@ def examples(judge, seed):
     given = json.loads(EXAMPLES.read_text(encoding="utf-8"))
     found = [levels(judge, given["problem"], texts, seed) for texts in given["levels"]]
     means = [mean(filter(None, votes)) if any(votes) else 0 for votes in found]
-    for number, (votes, one) in enumerate(zip(found, means), start=1):
+    for number, (votes, one) in enumerate(zip(found, means), 1):
         print(f"level {number}: judged {one:.2f}  {votes}")
     return means == sorted(means) and len({*means}) == len(means)
 
@@ -165,19 +178,22 @@ def report(rows, png):
     table = {}
     for row in rows:
         if any(row["levels"]):
-            table.setdefault(row["method"], []).append(mean(filter(None, row["levels"])))
-    print(f"{'method':20}{'runs':>6}{'level':>8}{'95 % interval':>18}")
-    bars = {name: (len(found), *curves.difference(found, 0)) for name, found in table.items()}
+            name = f"{row['method']} {SYNC.get(row['method'].partition(':')[0], '')}"
+            found = table.setdefault(name, {}).setdefault(row["problem"], [])
+            found.append(mean(filter(None, row["levels"])))
+    print(f"{'method':30}{'runs':>6}{'level':>8}{'95 % interval':>18}")
+    bars = {name: (sum(map(len, found.values())), *curves.difference([*map(mean, found.values())], 0))
+            for name, found in table.items()}
     for name, (count, middle, low, high) in bars.items():
-        print(f"{name:20}{count:6}{middle:8.2f}{f'{low:.2f} – {high:.2f}':>18}")
+        print(f"{name:30}{count:6}{middle:8.2f}{f'{low:.2f} – {high:.2f}':>18}")
     if png and bars:
         from matplotlib.figure import Figure
         figure = Figure(figsize=(7, 4), layout="constrained")
         axis = figure.subplots()
         _, middle, low, high = np.array([*bars.values()]).T
-        axis.bar([*bars], middle, yerr=[middle - low, high - middle], capsize=6, alpha=0.7)
+        axis.bar([*bars], middle, yerr=[middle - low, high - middle])
         axis.set(ylim=(1, 6), ylabel="level of collaboration (1 to 6), with 95 % intervals")
-        figure.savefig(png, dpi=130)
+        figure.savefig(png)
 
 
 def main(argv=None):
@@ -186,8 +202,7 @@ def main(argv=None):
     parser.add_argument("files", nargs="*", help="results of chapter 7")
     parser.add_argument("--data", help="the file of problems, if chapter 7 was given one")
     options, rest = parser.read(argv)
-    if options.png:
-        journal.own_picture(options.png, b"\x89PNG")
+    journal.own_png(options.png)
     if bool(rest.files) == options.calibrate:
         raise ValueError("give files of results of chapter 7, or else --calibrate")
     judge = remote if options.endpoint else local
@@ -198,10 +213,14 @@ def main(argv=None):
         return 0
     files = [file for path in rest.files for file in results.files_of(path) or [path]]
     header, rows = results.read(files)
-    rows = [row for row in results.one_each(rows) if not row["error"] and len(row["text"]) > 1]
+    rows = [row for row in results.one_each(rows) if not row["error"] and len(row["text"]) > 1
+            and row["method"].partition(":")[0] in SYNC]
     if not rows:
         raise ValueError(f"there is no run of several workers in {', '.join(rest.files)}")
     problems = tasks.load(header["task"], rest.data)[:options.limit]
+    if header["data"] != (label := rest.data and tasks.label(rest.data)):
+        raise ValueError(f"these are runs on {header['data'] or 'problems of the task itself'}, not on "
+                         f"{label or 'those of the task itself'}: give --data as chapter 7 was given it")
     rows = [row for row in rows if row["problem"] < len(problems)]
     about = {name: getattr(options, name) for name in ("model", "seed", "verdict_tokens")}
     about |= {f"judged_{name}": header[name] for name in ("model", "task", "data")}

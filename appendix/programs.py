@@ -17,6 +17,7 @@ import sys
 import tempfile
 import zlib
 from dataclasses import dataclass
+from decimal import Decimal
 
 SECONDS, MEMORY, PROCESSES, OUTPUT = 6, 4 * 2**30, 32, 2**24  # of each test (bytes)
 NOBODY = 65534  # who runs a box, if we are root
@@ -54,10 +55,11 @@ def tests_of(row):
             packed = zlib.decompressobj().decompress(base64.b64decode(private), 2**30)
             private = Plain(io.BytesIO(packed)).load()
         function = json.loads(row["metadata"] or "{}").get("func_name")
-        return [Test(one["input"], one["output"], function if one["testtype"] == "functional" else None)
-                for one in public + json.loads(private)]
-    except (KeyError, TypeError, AttributeError, ValueError, EOFError, zlib.error,
-            pickle.UnpicklingError) as error:
+        tests = [Test(one["input"], one["output"], function) for one in public + json.loads(private)]
+        if {type(text) for one in tests for text in (one.input, one.output)} != {str}:
+            raise ValueError("each test has to have texts as input and output, and there has to be one")
+        return tests
+    except Exception as error:  # what a pickle raises may be anything
         raise ValueError(f"a row of LiveCodeBench lacks tests that can be read: {error}") from error
 
 
@@ -121,13 +123,14 @@ def run(program, given):
 def passes(code, test):
     """Does the program give what the test expects?"""
     call = CALL.format(function=test.function) if test.function else ""
-    printed = run(IMPORTS + code + call, test.input)
+    program = f"{IMPORTS}exec({code!a})\n{call}"  # (its first line may be one that has to be the first)
+    printed = run(program, test.input) if len(program) < 2**17 else None  # (Linux takes no more)
     if printed is None:
         return False
     if test.function:
         try:
             return json.loads(printed.strip().split("\n")[-1]) == json.loads(test.output)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
     return same_lines(printed, test.output)
 
@@ -135,14 +138,12 @@ def passes(code, test):
 def same_lines(printed, expected):
     """Compare what was printed line by line, as texts or as numbers, spaces at the ends aside."""
     mine, theirs = ([line.split() for line in text.strip().split("\n")] for text in (printed, expected))
-    if len(mine) != len(theirs):
-        return False
-    return all(a == b or numbers(a) == numbers(b) is not None for a, b in zip(mine, theirs))
+    return len(mine) == len(theirs) and all(a == b or same_numbers(a, b) for a, b in zip(mine, theirs))
 
 
-def numbers(words):
-    """The words as numbers, or None."""
+def same_numbers(mine, theirs):
+    """Are all of these words numbers, and the same ones, to the last digit?"""
     try:
-        return [float(word) for word in words]
-    except ValueError:
-        return None
+        return [*map(Decimal, mine)] == [*map(Decimal, theirs)]
+    except ArithmeticError:
+        return False

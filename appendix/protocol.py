@@ -26,8 +26,6 @@ time. You share a memory: whatever one of you writes, the others can read at onc
 is being written.
 
 How to read this page:
-- Each thought is a step, a paragraph that starts with its author's name and the number of the step:
-  **Name [step]:**
 {view}
 - The others go on writing while you write. A thought of theirs that looks cut off is simply not finished
   yet, and the next time you look there may be more of it, or a new one.
@@ -48,6 +46,8 @@ How to work together:
 
 {problem}"""
 PAST = """\
+- Each thought is a step, a paragraph that starts with its author's name and the number of the step:
+  **Name [step]:**
 - Under '### Past steps' are the finished steps of all of you, in the order in which they were
   finished."""
 VIEWS = {  # what the page looks like depends on the layout
@@ -58,7 +58,8 @@ VIEWS = {  # what the page looks like depends on the layout
   continue.""",
     "interleaved": PAST + """ A step of somebody else appears there as a whole, once it is finished.
 - At the very end is your own unfinished step, which you continue.""",
-    "contiguous": """- First comes everything that the others have written so far, one after the other.
+    "contiguous": """- First comes everything that the others have written so far, one after the other,
+  behind its author's name: **Name [1]:**
 - At the very end is everything that you have written so far, which you continue."""}
 NAMES = ["Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi",
          "Ivan", "Judy", "Mallory", "Niaj", "Olivia", "Peggy", "Rupert", "Sybil"]
@@ -105,7 +106,8 @@ def instructions(settings, headers=True):
 
 # --------------------------------------------------------------------------------- rules about text
 
-SENTENCE_END = re.compile(r"""[.?!…。？！]["'”’»)\]}*_`$]*[ \t]*\n[ \t]*\n\s*$""")
+MARKS = ".?!…。？！"  # of the end of a sentence
+STEP_END = r"""["'”’»)\]}*_`$]*[ \t]*\n[ \t]*\n\s*$"""  # what may follow a mark: its dress, a blank line
 
 
 def fence_open(text):
@@ -113,13 +115,14 @@ def fence_open(text):
     return text.count("```") % 2 == 1
 
 
-def step_ended(text):
+def step_ended(text, marks=MARKS):
     """A blank line right after the end of a sentence, and no code fence open (appendix C).
 
     The end may be dressed: `.)`, `.**`, `.$`. The text decides, not the token: some models write a blank
-    line as one token, others as two. `text` is what a worker wrote in this step, without the header.
+    line as one token, others as two. `text` is what a worker wrote in this step, without the header;
+    marks: characters that end a sentence.
     """
-    return bool(SENTENCE_END.search(text[-80:])) and not fence_open(text)
+    return bool(re.search(f"[{re.escape(marks)}]{STEP_END}", text[-80:])) and not fence_open(text)
 
 
 def inside_braces(text):
@@ -157,10 +160,10 @@ def inside_fence(text):
 
 
 def find_code(text, given=()):
-    r"""The last complete block of code of a text in which something is boxed, too (a draft comes without
-    a \boxed{}), or None."""
-    blocks = re.findall(r"^```[^\n`]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return blocks[-1].strip("\n") if blocks and find_boxed(text, given) else None
+    r"""The last complete block of code of a text, if something is boxed behind it (a draft comes without
+    a \boxed{}; this one may be in the prompt), or None."""
+    parts = re.split(r"(?sm)^```[^\n`]*\n(.*?)^```", text)  # text, code, text ...
+    return parts[-2].strip("\n") if parts[1:] and boxes(parts[-1]) else None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ moved is another number in `offset`.
     restored           a fresh run and a trace's passes -> the run where the trace stopped
 """
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from itertools import accumulate
 
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from appendix import guests, models
+from appendix.protocol import SEPARATORS
 
 rope = import_module("01_rope_shift")
 shared_cache = import_module("02_shared_cache")
@@ -106,7 +108,7 @@ class Ledger(shared_cache.SharedCache):
         for place, token, weight in zip(self.last[number], tokens, weights or [1.0] * len(tokens)):
             self.sampled[place], self.weight[place] = token, weight
 
-    def recording(self):
+    def recording(self):  # exercise
         """All passes so far as a Recording."""
         steps, end = list(dict.fromkeys(step for step, _ in self.rows)), 0
         for step in steps:  # (the dots are several rows, but one step)
@@ -127,7 +129,7 @@ class Ledger(shared_cache.SharedCache):
                          [step.length for step, _ in self.rows], tables,
                          len(self.ids) if self.prefill is None else self.prefill)
 
-    def fill(self, encoded):
+    def fill(self, encoded):  # exercise
         """Take keys and values of all steps from `encode`'s cache, as if the passes had been live."""
         for memory, source in ((self.keys, encoded.keys), (self.values, encoded.values)):
             for layer, old in source.items():
@@ -190,10 +192,12 @@ def resumed(run, trace):
         ValueError: the trace began with another prompt or other weights; or as of `repeated`.
     """
     start = {"prompt": run.prompt, "opening": {w.name: w.text for w in run.workers},
-             "moves": run.layout.moves, "context": run.context, "weights": models.fingerprint(run.model)}
+             "moves": run.layout.moves, "context": run.context, "weights": models.fingerprint(run.model),
+             "lengths": {"history": run.history.length, **{word: len(run.encode(SEPARATORS[word]))
+                                                           for word in run.layout.words}}}
     if not trace.rows:
         trace.add(start)
-    elif trace.rows[0] != start:
+    elif {**start, **trace.rows[0]} != start:  # (older traces have no lengths)
         raise ValueError(f"{trace.path!r} began with another prompt or other weights: name another")
     passes = [row for row in trace.rows if "fed" in row]
     return restored(run, passes) if passes else run
@@ -201,7 +205,7 @@ def resumed(run, trace):
 
 # ------------------------------------------------------------------------------------------ one pass
 
-def pieces_of(recording, base, size):
+def pieces_of(recording, base, size):  # exercise
     """The tables in pieces of at most `size` tokens, with the rows that these see. `base`: first slot.
 
     No piece has tokens of both prompt and workers: the prompt's would be rotated for all rows.
@@ -224,7 +228,7 @@ def frugal_attention(q, k, v, tables, *others):
 def encode(model, ropes, recordings, size=256, frugal=True):
     """Encode whole runs in one forward pass, as if each token had been fed when it was.
 
-    Chapter 4's hook attends for each of several runs by itself; here a run is a piece of a recording.
+    Chapter 4 attends for each of several runs by itself; here a run is a piece of a recording.
 
     Args:
         model: attached to the shared cache; ropes: what query_rotation.attach returned.
@@ -250,11 +254,12 @@ def encode(model, ropes, recordings, size=256, frugal=True):
         (recording.ids, recording.tables.position, recording.sampled) for recording in recordings)))
     function = frugal_attention if frugal and torch.is_grad_enabled() else query_rotation.attention
     output = model(ids[None], position_ids=position[None], past_key_values=cache, use_cache=True,
-                   logits_to_keep=(sampled != IGNORE).nonzero()[:, 0], hogwild=(cache, pieces, function))
+                   logits_to_keep=(sampled != IGNORE).nonzero()[:, 0],
+                   hogwild=(cache, pieces, partial(query_rotation.run_by_run, function=function)))
     return output.logits[0], cache
 
 
-def loss(model, ropes, recordings, **options):
+def loss(model, ropes, recordings, **options):  # exercise
     """Mean cross-entropy (nats, a scalar tensor) of what the workers picked, given what each then saw,
     weighted as the recordings say. options: of `encode`.
 

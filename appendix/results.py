@@ -1,4 +1,4 @@
-r"""Appendix: the files of an evaluation (chapter 7).
+r"""Appendix: the files of an evaluation (chapter 7), and the figures of its report.
 
 A row per run, also of one that failed. Of several processes each writes a file of its own, beside the
 first one's, and all of them are read.
@@ -6,13 +6,16 @@ first one's, and all of them are read.
 import glob
 import os
 
-from appendix import journal
+import numpy as np
+
+from appendix import curves, journal
 
 HEADER = {"model": str, "task": str, "data": (str, None), "budgets": [int]}
-ANSWER = {"answer": (str, None), "score": float, "understood": bool, "passes": int, "seconds": float}
+ANSWER = {"answer": (str, None), "score": float, "understood": bool, "passes": int, "tokens": int,
+          "seconds": float}
 ROW = {"method": str, "problem": int, "seed": int, "error": (str, None), "answers": {str: ANSWER},
        "ending": str, "text": [str]}
-NOTHING = {"answer": None, "score": 0, "understood": False, "passes": 0, "seconds": 0.0}
+NOTHING = {"answer": None, "score": 0, "understood": False, "passes": 0, "tokens": 0, "seconds": 0.0}
 
 
 def key_of(row):
@@ -21,9 +24,16 @@ def key_of(row):
 
 
 def one_each(rows):
-    """Every result once; where a run failed and was tried again, the later one."""
-    faults_first = sorted(rows, key=lambda row: not row["error"])
-    return list({key_of(row): row for row in faults_first}.values())
+    """Every result once: of a run that was tried again, or asked at a larger budget, the better row."""
+    def worth(row):
+        return not row["error"], max(map(int, row["answers"]), default=0)
+    best_last = sorted(rows, key=worth)
+    return list({key_of(row): row for row in best_last}.values())
+
+
+def asked_at(row, budgets):
+    """Has a row an answer at all of these budgets, and no error?"""
+    return not row["error"] and {*map(str, budgets)} <= {*row["answers"]}
 
 
 def files_of(path):
@@ -33,16 +43,67 @@ def files_of(path):
 
 
 def read(files, header=None):
-    """(header, rows) of several files of one evaluation. Raises ValueError if they are not of one."""
+    """(header, rows) of several files of one evaluation. Raises ValueError if they are not of one. Files
+    (and rows) may differ in budgets."""
     rows = []
     for path in files:
         theirs, found, whole = journal.read(path, "evaluation", ROW)
         if not whole:  # another process has only just made it
             continue
         header = header or theirs
-        if theirs != header or not journal.matches(theirs, HEADER) or not all(
-                list(row["answers"]) == list(map(str, theirs["budgets"] or [0]))
-                and all(0 <= entry["score"] <= 1 for entry in row["answers"].values()) for row in found):
+        if {**theirs, "budgets": []} != {**header, "budgets": []} or not journal.matches(
+                theirs, HEADER) or not all(
+                row["answers"] and all(budget.isdigit() and 0 <= entry["score"] <= 1
+                                       for budget, entry in row["answers"].items()) for row in found):
             raise ValueError(f"{path!r} is damaged, or holds results of other settings than the others")
         rows += found
     return header, rows
+
+
+# ---------------------------------------------------------------------------- figures of the report
+
+def summary(rows, budgets):
+    """Per method, over the problems that all methods have done: what the report prints."""
+    names = sorted({row["method"] for row in rows})
+    done = [{key_of(row)[1:] for row in rows if row["method"] == name} for name in names]
+    common = set.intersection(*done)  # of (problem, seed)
+    if not common:
+        raise ValueError("there is no problem yet that all methods have done: nothing to compare")
+    rows = [row for row in rows if key_of(row)[1:] in common]
+    return {name: figures([row for row in rows if row["method"] == name], budgets) for name in names}
+
+
+def figures(rows, budgets):
+    """What the report prints of one method.
+
+    Several seeds of one problem are no new problem: they are averaged first, and intervals count
+    problems. A fault is no right answer.
+    """
+    def column(name):
+        return np.array([[row["answers"][str(budget)][name] for budget in budgets] for row in rows])
+
+    problems = np.array([row["problem"] for row in rows])  # [runs]
+    scores = column("score")  # [runs, budgets]
+    right = scores == 1  # [runs, budgets]
+    first = column("passes")[right & (right.cumsum(1) == 1)]  # of each run that gave a right answer
+    scores = np.array([scores[problems == number].mean(0) for number in np.unique(problems)])
+    final = [row["answers"][str(budgets[-1])] for row in rows if not row["error"]]
+    given = [entry["understood"] for entry in final if (entry["answer"] or "").strip()]
+    ended = [not row["error"] for row in rows] if final else slice(1)  # (if all have failed: zeros)
+    tokens, seconds = (column(name)[ended] for name in ("tokens", "seconds"))  # [ended, budgets]
+    return {"runs": len(rows), "count": len(scores), "scores": scores, "accuracy": scores.mean(0),
+            "tokens": tokens.mean(0), "seconds": seconds.mean(0), "none": len(final) - len(given),
+            "spread": np.quantile(seconds, [0.1, 0.9], axis=0),
+            "not_understood": given.count(False), "faults": len(rows) - len(final),
+            "context": sum(row["ending"] in ("context", "room") for row in rows),
+            "passes_to_right": first.mean() if len(first) else None}
+
+
+def report(header, rows, png=None):
+    """Print the tables of an evaluation, at the budgets that all results have, and draw its curves."""
+    rows = one_each(rows)
+    common = set.intersection(*({*row["answers"]} for row in rows))
+    if not common:
+        raise ValueError("these results have no budget in common: run their command with all budgets")
+    budgets = sorted(map(int, common))
+    curves.report({**header, "budgets": budgets}, summary(rows, budgets), png)

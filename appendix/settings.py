@@ -27,6 +27,8 @@ class Settings:
     top_p: float | None = option(None, "default: the model's own, or 0.95")
     top_k: int | None = option(None, "default: the model's own, or 50; 0: no limit")
     context: int | None = option(None, "tokens that may be in view (default: what the config says)")
+    marks: str = option(protocol.MARKS, "what ends a sentence; a blank line behind it ends a step")
+    opening: str | None = option(None, "how everybody begins, such as \"Hi, I'm {name}. \"")
     prompt: str | None = option(None, "another prompt, with {problem} in it (here: its file)")
     forbid: list[str] = option(["</think>", "##", " ##", "###", " ###", "####", " ####"],
                                "tokens that workers may not write, besides special ones; '': none")
@@ -49,3 +51,5 @@ class Settings:
                          top_k=0, context=1)
         for i, name in enumerate(self.workers):
             protocol.check_name(name, self.workers[:i])
+        if self.prompt:
+            protocol.instructions(self)  # (it may have a {view} that nobody has described)

@@ -1,13 +1,14 @@
 r"""Appendix: the problems of chapter 7, and when an answer is right.
 
-The problems stand here, are generated (puzzles.py), come from the Hugging Face hub, or from a JSONL file
-with the fields question and answer. Answers are compared as mathematics by math-verify, not as text.
+The problems are generated (puzzles.py), come from the Hugging Face hub, or from a JSONL file with the
+fields question and answer, like own.jsonl. Answers are compared as mathematics by math-verify, not as
+text.
 """
-import contextlib
 import hashlib
 import json
 import random
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +16,8 @@ from pathlib import Path
 from appendix import programs, puzzles
 from appendix.command import first_line, read_text
 
-OWN = [  # (tests/test_tasks.py finds the answers by trying everything)
-    ("A shelf holds 12 books. How many books do 4 shelves hold?", "48"),
-    ("Ann has 15 coins, Bob has 8 coins more than Ann. How many coins do they have together?", "38"),
-    ("How many whole numbers from 1 to 100 can be divided by 3 or by 5?", "47"),
-    ("What is the sum of all whole numbers from 1 to 20?", "210"),
-    ("How many ways are there to pay 20 cents with coins of 1, 5 and 10 cents?", "9"),
-    ("Two dice are rolled. What is the probability that the two numbers add up to 7?", "\\frac{1}{6}"),
-    ("The sides of a rectangle are whole numbers, and its perimeter is 20. What is the largest area it "
-     "can have?", "25"),
-    ("What is the smallest whole number above 1 that leaves the remainder 1 when divided by 2, by 3, by "
-     "4 and by 5?", "61"),
-    ("What is the last digit of 7^{100}?", "1"),
-]
+# (tests/test_tasks.py finds its answers by trying everything)
+OWN = Path(__file__).with_name("own.jsonl")
 
 
 def plain_row(row):
@@ -46,25 +36,28 @@ KINDS = {"Numerical": "a number", "Expression": "an expression", "Equation": "an
 
 def olympiad(row):
     """A problem of OlympiadBench: what it refers to stands before it, and behind it what is wanted (in
-    the structure of its official prompts); some answers may be off by an error.
+    the structure of its official prompts); some answers may be off by an error, each by its own.
 
     Columns: context, question, final_answer (a list), is_multiple_answer, unit, answer_type, error.
     """
-    kind, unit, many = KINDS.get(row["answer_type"]), row["unit"], row["is_multiple_answer"]
-    wanted = [f"There are several answers{', each of them ' + kind if kind else ''}: give all of them, "
-              "separated by commas." if many else f"The answer is {kind}." if kind else ""]
-    wanted += [f"It is in units of {unit}; leave the unit out."] if unit else []
-    parts = [row["context"], row["question"], " ".join(filter(None, wanted))]
-    errors = [float(part) for part in str(row["error"] or "0").split(",")]
-    if not clean(row["final_answer"]):
+    kind = KINDS.get(row["answer_type"])
+    wanted = f"The answer is {kind}." if kind else ""
+    if row["is_multiple_answer"]:
+        wanted = (f"There are several answers{', each of them ' + kind if kind else ''}: "
+                  "give all of them, separated by commas.")
+    unit = f"It is in units of {row['unit']}; leave the unit out." if row["unit"] else ""
+    parts = [row["context"], row["question"], f"{wanted} {unit}"]
+    answer = clean(row["final_answer"])
+    if not answer:
         raise ValueError("has no answer: final_answer has to be a list of texts")
+    errors = [float(part or 0) for part in str(row["error"] or 0).split(",")]
     return {"question": "\n\n".join(part.strip() for part in parts if (part or "").strip()),
-            "answers": [clean(row["final_answer"])], "error": max(errors)}
+            "answers": [answer], "errors": errors}
 
 
-PROGRAM = r"""{question}
+PROGRAM = r"""{}
 
-{how} When the program is final, give it in one block of code that begins with ```python, and behind it
+{} When the program is final, give it in one block of code that begins with ```python, and behind it
 write \boxed{{done}}."""
 READS = "Write a Python program that reads standard input and prints to standard output."
 STARTS = "Complete this Python program:\n```python\n{}\n```\n"
@@ -72,11 +65,11 @@ STARTS = "Complete this Python program:\n```python\n{}\n```\n"
 
 def live_code(row):
     """A problem of LiveCodeBench, or None: it is not of the months that the paper evaluates."""
-    if not "2024-08-01" <= row["contest_date"][:10] < "2025-02-01":
+    if not "2024-08-01" <= str(row["contest_date"])[:10] < "2025-02-01":
         return None
     start = row["starter_code"].strip()
     how = STARTS.format(start) if start else READS
-    return {"question": PROGRAM.format(question=row["question_content"].strip(), how=how),
+    return {"question": PROGRAM.format(row["question_content"].strip(), how),
             "answers": [], "tests": programs.tests_of(row)}
 
 
@@ -85,37 +78,39 @@ class Task:
     """Where the problems are, and how long an answer may be."""
 
     answer_tokens: int  # paper, appendix C (five numbers may want --answer-tokens)
-    # A data set on the Hugging Face hub: (name, arguments of load_dataset). If there is none: OWN.
+    # A data set on the Hugging Face hub: (name, how many problems it has, arguments of load_dataset). If
+    # there is none: OWN.
     source: tuple = ()
-    fresh: tuple = ()  # generated ones: (kind of puzzle, patterns)
+    fresh: str = ""  # a kind of puzzle, if they are generated
+    patterns: str = "trained"  # how such a puzzle is asked
     read: Callable = plain_row  # a row -> a problem, or None
     group: int = 1  # so many questions make one problem, scored position by position
     form: str = "box"  # how an answer is written (protocol.FORMS)
 
 
-def hub(name, configuration=None, split="test", **others):
+def hub(name, size, configuration=None, split="test"):
     """A data set on the Hugging Face hub."""
-    return name, {"name": configuration, "split": split, **others}
+    return name, size, {"path": name, "name": configuration, "split": split}
 
 
-def bench(subject):
-    """A part of OlympiadBench."""
-    return Task(64, hub("Hothan/OlympiadBench", f"OE_TO_{subject}_en_COMP", "train"), read=olympiad)
-
-
-CODE_FILES = ["test.jsonl", *(f"test{part}.jsonl" for part in range(2, 6))]  # release_v5
+LIVE = "livecodebench/code_generation_lite"
 TASKS = {
     # What the collaborator has learned, fresh ones; "reworded": asked in words that it has never met.
-    "lists": Task(40, fresh=("list", "trained")), "races": Task(16, fresh=("race", "trained")),
-    "plans": Task(40, fresh=("plan", "trained")), "reworded": Task(40, fresh=("list", "kept")),
+    "lists": Task(40, fresh="list"), "races": Task(16, fresh="race"),
+    "plans": Task(40, fresh="plan"), "reworded": Task(40, fresh="list", patterns="held-out"),
     "own": Task(16),
-    "limo": Task(16, hub("GAIR/LIMO", split="train")),
-    "aime25": Task(16, hub("math-ai/aime25")),
-    "olympiad-maths": bench("maths"), "olympiad-physics": bench("physics"),
-    "gsm8k-x5": Task(16, hub("openai/gsm8k", "main"), group=5),
-    "math500": Task(64, hub("HuggingFaceH4/MATH-500")),
-    "livecodebench": Task(1024, hub("livecodebench/code_generation_lite", split="train",
-                                    data_files=CODE_FILES), read=live_code, form="code"),
+    "limo": Task(16, hub("GAIR/LIMO", 817, split="train")),
+    "aime25": Task(16, hub("math-ai/aime25", 30)),
+    "olympiad-maths": Task(64, hub("Hothan/OlympiadBench", 674, "OE_TO_maths_en_COMP", "train"),
+                           read=olympiad),
+    "olympiad-physics": Task(64, hub("Hothan/OlympiadBench", 236, "OE_TO_physics_en_COMP", "train"),
+                             read=olympiad),
+    "gsm8k-x5": Task(16, hub("openai/gsm8k", 1319, "main"), group=5),
+    "math500": Task(64, hub("HuggingFaceH4/MATH-500", 500)),
+    # Its files up to release_v5: its repository has a script, which load_dataset refuses.
+    "livecodebench": Task(1024, (LIVE, 279, {"path": "json", "split": "train", "data_files": [
+        f"hf://datasets/{LIVE}/test{part}.jsonl" for part in ["", 2, 3, 4, 5]]}),
+                          read=live_code, form="code"),
 }
 FIVE = "Solve these problems and return comma-separated answers \\boxed{answer1,..., answer5} :\n"
 FRESH = 200  # generated problems of a task
@@ -123,8 +118,8 @@ SAMPLES = 128  # problems of five questions, none of them twice (this and the wo
 
 
 def load(name, data=None):
-    """The problems of a task as a list of {"question": str, "answers": [str]}; some have "error", a
-    number by which an answer may be off, or "tests" (programs.py) instead of answers.
+    """The problems of a task as a list of {"question": str, "answers": [str]}; some have "errors", the
+    numbers by which an answer's parts may be off, or "tests" (programs.py) instead of answers.
 
     Args:
         name: one of TASKS.
@@ -138,30 +133,33 @@ def load(name, data=None):
         raise ValueError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}")
     task, seen = TASKS[name], {}  # seen: question -> (where it stands, problem)
     if task.fresh and data is None:
-        kind, patterns = task.fresh
-        drawn = [puzzles.fresh(kind, number, patterns) for number in range(FRESH)]
+        drawn = [puzzles.fresh(task.fresh, number, task.patterns) for number in range(FRESH)]
         return [{"question": puzzle.text, "answers": puzzle.answer.split(", ")} for puzzle in drawn]
-    own = [(question, {"question": question, "answer": answer}) for question, answer in OWN]
-    for where, row in from_file(data) if data is not None else from_hub(task) if task.source else own:
+    if data is None and not task.source:
+        data = OWN
+    for where, row in from_hub(*task.source) if data is None else from_file(data):
         try:
             problem = task.read(row)
         except KeyError as error:
             raise ValueError(f"{where} has no field {error}") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{where} {first_line(error)}") from error
-        if problem and problem["question"] in seen:
+        if problem and problem["question"] in seen and data is not None:
             raise ValueError(f"{where} asks the same as {seen[problem['question']][0]}: remove one of "
                              "them")
         if problem:
-            seen[problem["question"]] = where, problem
+            seen.setdefault(problem["question"], (where, problem))
     problems, size = [problem for _, problem in seen.values()], task.group
+    if data is None and len(problems) != task.source[1]:
+        print(f"note: {task.source[0]!r} has {len(problems)} different problems, and not "
+              f"{task.source[1]}: what others measured may be of other ones", file=sys.stderr)
     if size == 1:
         return problems
-    if len(problems) < size:
+    drawn = iter(random.Random(0).sample(problems, len(problems)))
+    groups = [*zip(*[drawn] * size)][:SAMPLES]  # (each takes the next ones of the same iterator)
+    if not groups:
         raise ValueError(f"task {name!r} puts {size} questions into a problem, and there are only "
                          f"{len(problems)}")
-    problems = random.Random(0).sample(problems, len(problems))
-    groups = [problems[i:i + size] for i in range(0, len(problems) - size + 1, size)][:SAMPLES]
     return [{"question": FIVE + "\n".join(f" {k}. {one['question']}" for k, one in enumerate(group, 1)),
              "answers": [one["answers"][0] for one in group]} for group in groups]
 
@@ -193,34 +191,36 @@ def label(path):
     return f"{Path(path).name} ({hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]})"
 
 
-def from_hub(task):
+def from_hub(name, _, arguments):
     """(where it stands, row) of each row of a data set on the Hugging Face hub."""
-    name, arguments = task.source
     try:
         # Here, because it takes seconds, and only the hub's tasks need it.
         from datasets import load_dataset
-        rows = load_dataset(name, **arguments)
+        rows = load_dataset(**arguments)
     except Exception as error:  # its errors differ with the version
         raise ValueError(f"the data set {name!r} could not be loaded from the Hugging Face hub "
                          f"({first_line(error)}); give a local file with --data FILE") from error
-    return [(f"row {number} of {name!r}", row) for number, row in enumerate(rows)]
+    return ((f"row {number} of {name!r}", row) for number, row in enumerate(rows))
 
 
 # ---------------------------------------------------------------------------------------------- grading
+
+PATIENCE = 60  # seconds for math-verify, which loads much with the first answer (a machine may be busy)
+
 
 def mark(answer, problem):
     """How good is an answer (or a program, or None) to a problem of `load`? (score from 0 to 1, was
     there anything to look at?)"""
     if "tests" in problem and (answer or "").strip():
         return float(all(programs.passes(answer, test) for test in problem["tests"])), True
-    return grade(answer, problem["answers"], problem.get("error", 0))
+    return grade(answer, problem["answers"], problem.get("errors", []))
 
 
-def grade(answer, golds, error=0):
+def grade(answer, golds, errors=()):
     """Compare an answer with the right ones, position by position.
 
     Numbers, LaTeX, sets, intervals and so on are compared as mathematics. What cannot be understood is
-    wrong. error: so far may a number be off.
+    wrong. errors: so far may the numbers of an answer be off (one holds for all of them).
 
     Returns:
         (score from 0 to 1, was there anything to compare?)
@@ -228,20 +228,43 @@ def grade(answer, golds, error=0):
     if not golds or not (answer or "").strip():
         return 0.0, False
     given = [answer] if len(golds) == 1 else positions(answer, len(golds))
-    found = [same(gold, part, error) for gold, part in zip(golds, given)]
-    return sum(filter(None, found)) / len(golds), any(one is not None for one in found)
+    found = [same(gold, part, errors) for gold, part in zip(golds, given)]
+    return sum(filter(None, found)) / len(golds), set(found) != {None}
 
 
-def same(gold, answer, error=0):
+def same(gold, answer, errors=()):
     """Is an answer right? None: it cannot be understood."""
-    from math_verify import parse, verify
-    mine, theirs = parse(tidy(answer)), parse(tidy(gold))
-    if not mine:
-        return None
-    with contextlib.suppress(TypeError, ValueError, IndexError, AttributeError):
-        if error and abs(float(mine[0]) - float(theirs[0])) <= 1.01 * error:
-            return True
-    return verify(theirs, mine) and same_kind(gold, answer)
+    from math_verify import verify
+    if tidy(answer) == tidy(gold):
+        return True
+    mine = parsed(answer)
+    right = errors and near(gold, answer, errors) or verify(parsed(gold), mine,
+                                                            timeout_seconds=PATIENCE)
+    return right and same_kind(gold, answer) if mine else None
+
+
+def parsed(text):
+    """What math-verify makes of a text, best first; an empty list if it cannot be understood."""
+    from math_verify import parse
+    return parse(tidy(text), parsing_timeout=PATIENCE)
+
+
+def near(gold, answer, errors):
+    """Are the numbers of an answer, in any order, as near to the right ones as the errors allow?"""
+    golds = positions(gold, 1)
+    golds = sorted(zip(map(number, golds), errors * len(golds)))
+    found = sorted(map(number, positions(answer, len(golds))))
+    return len(found) == len(golds) and all(
+        abs(mine - right) <= 1.01 * error for mine, (right, error) in zip(found, golds))
+
+
+def number(text):
+    """The number that a text gives (x = 2 gives 2), or nan."""
+    try:
+        value = parsed(text)[0]
+        return float(getattr(value, "rhs", value))
+    except Exception:  # sympy's errors differ with what is no number
+        return float("nan")
 
 
 def tidy(answer):
@@ -254,21 +277,19 @@ def tidy(answer):
 def same_kind(gold, answer):
     """Two things that math-verify does not look at: the base of a numeral (120_5), and relations
     (x <= 14 is not 14)."""
-    wanted, base = (re.fullmatch(r"[0-9A-F]+_\{?(\d+)\}?", text.strip(" $.")) for text in (gold, answer))
-    if base and base[1] != (wanted[1] if wanted else "10"):
-        return False
-    relation = re.compile(r"\\(?:leq?|geq?|to|neq?|approx)\b|[<>]")
-    return bool(relation.search(gold)) or not relation.search(answer)
+    base = r"(?:^|,)[ $]*[0-9A-F.]+_\{?(\d+)\}?[ $.]*(?=,|$)"
+    relation = r"\\(?:leq?|geq?|to|neq?)\b|[<>]"
+    return set(re.findall(base, answer)) <= set(re.findall(base, gold) or ["10"]) and (
+        bool(re.search(relation, gold)) or not re.search(relation, answer))
 
 
 def positions(answer, count):
     """Split "18, 3, 70,000" into its parts, but not (1, 2). A comma may stand between thousands, if the
-    count asks for it."""
-    answer = re.sub(r"\\left|\\right", "", answer).replace("{,}", "")
-    answer = re.sub(r"\\([{}])", r"\1", answer).strip()
-    outer = r",(?![^()\[\]{}]*[)\]}])"  # a comma that no closing bracket follows before an opening one
-    if len(re.split(outer, answer)) == 1:
-        answer = answer.strip("()[]{} ")  # all of it in brackets
-    parts = re.split(outer, answer)
-    parts = parts if len(parts) <= count else re.split(r",(?!\d{3}(?!\d))", answer)
-    return [part.strip() for part in parts]
+    count asks for it, and brackets around it all, if there are to be several."""
+    answer = re.sub(r"\\left|\\right|\\(?=[{}])|\{,\}", "", answer).strip()
+    comma = r",(?![^()\[\]{}]*[)\]}])"  # one that no closing bracket follows before an opening one
+    if len(re.split(comma, answer)) == 1 < count:
+        answer = answer.strip("()[]{} ")
+    if len(re.split(comma, answer)) > count:
+        comma += r"(?!\d{3}(?!\d))"
+    return re.split(comma, answer)

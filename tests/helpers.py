@@ -1,7 +1,7 @@
 """What several test files share: random models, a short prompt, runs whose logits are kept, guests."""
 import copy
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 
 import torch
@@ -38,10 +38,12 @@ MODELS = {
 }
 
 
-def tiny(name):
+def tiny(name, **others):
     """A random model of that kind, with weights large enough for attention to matter."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(MODELS[name])).eval().requires_grad_(False)
+    config = copy.deepcopy(MODELS[name])
+    config.update(others)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.mul_(5.0)
@@ -103,7 +105,8 @@ def nobody_answers(monkeypatch):
 def often(monkeypatch, every):
     """Let steps end by the length of their text, so that they end at different times and often."""
     natural = generate.step_ended
-    monkeypatch.setattr(generate, "step_ended", lambda text: natural(text) or len(text) % every == 0)
+    monkeypatch.setattr(generate, "step_ended",
+                        lambda text, marks: natural(text, marks) or len(text) % every == 0)
     nobody_answers(monkeypatch)
 
 
@@ -161,3 +164,34 @@ def evaluated(runs, budgets, early_stop=True):
             yield run
     job = import_module("07_eval_limo").evaluate(remembered(), {"answers": ["7"]}, budgets, early_stop)
     return batching.alone(job, lambda groups: [current[0].fed(*groups)])
+
+
+class Launcher:
+    """Stands in for a Triton kernel: kernel[grid](...) becomes launch(grid, ...)."""
+
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __getitem__(self, grid):
+        return partial(self.launch, grid)
+
+
+@lru_cache
+def waiting_model():
+    """A model made by hand: it writes ` wait`, and ` count` once ` pears` is anywhere in its view.
+
+    Attention is the mean of all tokens in view. Dimension 0 of a token is always 1, dimension 1 says
+    that it is ` pears`; the mean of the latter goes to dimension 2.
+    """
+    model = tiny("llama")
+    model.config.num_hidden_layers, model.model.layers = 1, model.model.layers[:1]
+    model.config.max_position_embeddings = 10**6
+    for name, parameter in model.named_parameters():
+        if "k_proj" not in name:  # (queries are 0, so keys do not matter)
+            parameter.fill_(float("norm" in name))
+    pears, wait, count = (models.encode(tokenizer(), word)[0] for word in (" pears", " wait", " count"))
+    attention = model.model.layers[0].self_attn
+    model.model.embed_tokens.weight[:, 0] = model.model.embed_tokens.weight[pears, 1] = 1.0
+    attention.v_proj.weight[0, 1] = attention.o_proj.weight[2, 0] = 1000.0
+    model.lm_head.weight[wait, 0] = model.lm_head.weight[count, 2] = 1.0
+    return model

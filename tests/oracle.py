@@ -99,24 +99,23 @@ def naive_pass(model, cache, writers):
 def orders(layout, workers):
     """Order of blocks per worker, spelled out. Blocks: 0 history, 1 ... W workers, then (others),
     (own), <...>."""
-    others, own, dots = workers + 1, workers + 2, workers + 3
-    result = []
-    for me in range(1, workers + 1):
-        rest = [w for w in range(1, workers + 1) if w != me]
-        if layout == "combined":
-            seen = [0, others] if rest else [0]
-            for w in rest:
-                seen += [w, dots]
-            result.append([*seen, own, me])
-        elif layout == "contiguous":
-            result.append([0, *rest, me])
-        else:
-            result.append([0, me])
-    return result
+    team = [*range(1, workers + 1)]
+    return [order_of(me, team, layout, range(workers + 1, workers + 4)) for me in team]
 
 
-WORDS = {1: ["\n\n### Work in progress (own)"]}  # what stands between the blocks of the combined layout
-WORDS[2] = ["\n\n### Work in progress (others)", " <...>", *WORDS[1]]
+def order_of(me, team, layout, words):
+    """Order of blocks for one of a team; words: the blocks (others), (own), <...>."""
+    rest = [w for w in team if w != me]
+    if layout == "combined":
+        others, own, dots = words
+        seen = [0, others] if rest else [0]
+        for w in rest:
+            seen += [w, dots]
+        return [*seen, own, me]
+    return [0, *rest, me] if layout == "contiguous" else [0, me]
+
+
+WORDS = ["\n\n### Work in progress (others)", "\n\n### Work in progress (own)", " <...>"]
 
 
 def follow(model, tokenizer, layout, names, history, records):
@@ -124,19 +123,41 @@ def follow(model, tokenizer, layout, names, history, records):
 
     Args:
         names: of the workers, in order; history: token ids of the prompt.
-        records: the run's passes: "fed" per worker, "closed" steps.
+        records: the run's passes: "fed" per worker, "closed" steps, and "events": who came, left or said
+            something before.
     """
-    workers = len(names)
-    cache = NaiveCache(model, workers + 4)
+    blocks = 1 + len(names) + sum(event[0] == "add" for record in records for event in record["events"])
+    words, new = range(blocks, blocks + 3), iter(range(1, blocks))
+    cache, team, moves = NaiveCache(model, blocks + 3), {}, layout in ("combined", "interleaved")
     naive_pass(model, cache, [([0], history)])
-    others, own, dots = workers + 1, workers + 2, workers + 3
-    if layout == "combined":
-        words = [tokenizer(text, add_special_tokens=False).input_ids for text in WORDS[min(workers, 2)]]
-        before = [[0, others], [0, others, dots], [0, others, dots, own]] if workers > 1 else [[0, own]]
-        naive_pass(model, cache, list(zip(before, words)))
-    order = dict(zip(names, orders(layout, workers)))
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    def separate():
+        """Encode those words of the combined layout that the team lacks, in the order of a view."""
+        others, own, dots = words
+        lacking = [b for b in ([others, dots, own] if len(team) > 1 else [own]) if not cache.length[b]]
+        if layout == "combined" and lacking:
+            naive_pass(model, cache, [([0, *lacking[:k + 1]], encode(WORDS[words.index(block)]))
+                                      for k, block in enumerate(lacking)])
+
+    team |= {name: next(new) for name in names}
+    separate()
     for record in records:
-        yield naive_pass(model, cache, [(order[name], ids) for name, ids in record["fed"].items()])
-        if layout in ("combined", "interleaved"):
-            for closed in record["closed"]:
-                cache.move(1 + names.index(closed["worker"]), 0)
+        said = []
+        for what, name, *text in record["events"]:
+            if what == "say":
+                said += encode(f"\n\n**{name}:** {text[0].strip()}")
+            elif what == "add":
+                team[name] = next(new)
+                separate()
+            else:
+                gone = team.pop(name)
+                if moves:
+                    cache.move(gone, 0)
+        writers = [(order_of(team[name], team.values(), layout, words), ids)
+                   for name, ids in record["fed"].items()]
+        yield naive_pass(model, cache, writers + [([0], said)] * bool(said))[:len(writers)]
+        for closed in record["closed"] if moves else ():
+            cache.move(team[closed["worker"]], 0)

@@ -124,6 +124,25 @@ class Memory(RuleBasedStateMachine):
 
     @precondition(lambda self: any(self.tokens))
     @rule(data=st.data())
+    def copy(self, data):
+        """The beginning of a block to the end of another one; or more than it has, which is refused."""
+        numbers, blocks = range(len(self.tokens)), self.cache.blocks
+        source = data.draw(st.sampled_from(numbers))
+        target = data.draw(st.sampled_from([b for b in numbers if b != source]))
+        length = data.draw(st.integers(0, len(self.tokens[source]) + 1))
+        arguments = blocks[source], blocks[target], length
+        if length > len(self.tokens[source]):
+            with pytest.raises(ValueError, match="cannot be written"):
+                self.cache.copy(*arguments)
+        elif length + len(self.tokens[target]) > self.capacities[target]:
+            self.refuses(self.cache.copy, *arguments)
+        else:
+            self.cache.copy(*arguments)
+            self.tokens[target] += self.tokens[source][:length]
+            self.moves += 1
+
+    @precondition(lambda self: any(self.tokens))
+    @rule(data=st.data())
     def truncate(self, data):
         """Forget the end of a block, or be refused."""
         b = data.draw(st.integers(0, len(self.tokens) - 1))
@@ -212,7 +231,7 @@ def test_a_block_cannot_be_moved_to_its_own_end():
     cache = chapter.SharedCache([])
     block = cache.block(20)
     cache.reserve([(block, 5)])
-    with pytest.raises(ValueError, match="cannot be moved to its own end") as refusal:
+    with pytest.raises(ValueError, match="cannot be written to") as refusal:
         cache.move(block, block)
     assert block.length == 5 and "\n" not in str(refusal.value)
 

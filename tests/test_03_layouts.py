@@ -71,8 +71,15 @@ def assert_tables(tables, writers, rows):
     assert tables.offset.shape == tables.visible.shape == (rows, len(expected))
     parts = (tables.start, tables.position, tables.offset, tables.visible)
     assert all(t.dtype == torch.int64 for t in parts)
+    blocks = "; ".join(", ".join(f"slots {block.start} to {block.start + block.length - 1}"
+                                 for block in view if block.length) for view, _ in writers)
     for n, (position, cells) in enumerate(expected):
-        assert tables.position[n] == position and seen(tables, n) == cells
+        found = seen(tables, n)
+        more, less = ([*(Counter(one) - Counter(other)).elements()]
+                      for one, other in ((found, cells), (cells, found)))
+        assert found == cells, (f"views ({blocks}), new tokens {[count for _, count in writers]}: number"
+                                f" {n} of them sees (slot, distance) {more} too much, {less} too little")
+        assert tables.position[n] == position
 
 
 def needed_rows(views):

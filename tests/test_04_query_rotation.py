@@ -1,6 +1,7 @@
 """Chapter 4: the fast function against a spelled-out oracle, its gradients, whole models through the
 hooks, and several runs in one pass."""
 import copy
+from collections import namedtuple
 from functools import lru_cache
 from importlib import import_module
 from itertools import combinations
@@ -62,9 +63,14 @@ def naive(q, k, v, views, index, worker, inv_freq, last, scale, window):
     return torch.cat(outputs, 1)
 
 
+# A random memory with random views. new, old: how many tokens each block gets, and has already; the
+# first len(new) blocks are the workers'. views: the numbers of the blocks that each of them sees.
+Case = namedtuple("Case", "seed new old heads group half size views window rotates_last")
+
+
 @st.composite
 def cases(draw):
-    """A random memory with random views: (seed, tensors' shapes, blocks, views, new tokens)."""
+    """A random Case."""
     workers, extra = draw(st.integers(1, 4)), draw(st.integers(0, 3))
     new = draw(st.lists(st.integers(0, 5), min_size=workers, max_size=workers).filter(sum))
     old = draw(st.lists(st.sampled_from([0, 0, 1, 2, 9, 40, 300]), min_size=workers + extra,
@@ -78,7 +84,7 @@ def cases(draw):
         seen = st.lists(st.sampled_from(others), max_size=5) if others else st.just([])
         views.append([*draw(seen), w])
     window, last = draw(st.sampled_from([None, None, 1, 7, 50, 400])), draw(st.booleans())
-    return draw(st.integers(0, 2**31)), new, old, heads, group, half, size, views, window, last
+    return Case(draw(st.integers(0, 2**31)), new, old, heads, group, half, size, views, window, last)
 
 
 def build(case, dtype=torch.float32):
@@ -120,7 +126,8 @@ def test_both_functions_equal_the_oracle(case):
     for function in (attend.attention, attend.attention_spec):
         result = function(*arguments)
         error = (result - expected).abs()
-        assert error.max() <= 1e-5, f"{function}: max {error.max():.1e}, mean {error.mean():.1e}"
+        assert error.max() <= 1e-5, (f"{function.__name__} is off by {error.max():.1e} (mean "
+                                     f"{error.mean():.1e}), views {case.views}")
 
 
 def test_tables_serve_layers_of_every_kind():

@@ -76,18 +76,18 @@ def test_one_worker_writes_what_generate_writes(smollm):
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 @pytest.mark.parametrize("workers", [2, 3])
 def test_every_pass_equals_the_oracle(packed, monkeypatch, layout, workers):
-    """100 passes, steps ending at different times: logits within 1e-3 (float32), and the greedy
-    tokens the same.
+    """100 passes, steps ending at different times: logits within 1e-3 (float32), and the greedy tokens
+    the same.
 
     1e-3: both ways round differently over 30 layers; logits reach 30, and float32 keeps 1e-6 of that per
     operation.
     """
     model, tokenizer = packed
     natural = generate.step_ended
-    monkeypatch.setattr(generate, "step_ended", lambda text: natural(text) or len(text) % 29 == 0)
+    monkeypatch.setattr(generate, "step_ended",
+                        lambda text, marks: natural(text, marks) or len(text) % 29 == 0)
     settings = generate.Settings(workers=protocol.NAMES[:workers], layout=layout, greedy=True,
-                                 max_passes=100,
-                                 check_every=50, prompt=SHORT)
+                                 max_passes=100, check_every=50, prompt=SHORT)
     nobody_answers(monkeypatch)
     run, history, logits = run_and_record(model, tokenizer, settings, 100)
     model.set_attn_implementation("sdpa")
@@ -169,7 +169,7 @@ def test_blocks_hold_what_the_trace_says(packed, monkeypatch):
     """Values of the first layer depend on a token alone: the history's are those of the trace, in its
     order."""
     model, tokenizer = packed
-    monkeypatch.setattr(generate, "step_ended", lambda text: len(text) % 11 == 10)
+    monkeypatch.setattr(generate, "step_ended", lambda text, marks: len(text) % 11 == 10)
     settings = generate.Settings(max_passes=60, prompt=SHORT, check_every=30)
     run, history, _ = run_and_record(model, tokenizer, settings, 60)
     held = {"history": list(history), "Alice": [], "Bob": []}
@@ -198,7 +198,7 @@ def test_checks_come_once_per_so_many_tokens(smollm, monkeypatch):
     """With a check every 20 tokens and steps that end often, 60 passes of 2 workers bring 6 of them,
     seeded."""
     model, tokenizer = tiny("llama"), smollm[1]
-    monkeypatch.setattr(generate, "step_ended", lambda text: len(text) % 5 == 4)
+    monkeypatch.setattr(generate, "step_ended", lambda text, marks: len(text) % 5 == 4)
     nobody_answers(monkeypatch)
 
     def checks(every, seed=0):
@@ -219,7 +219,7 @@ def test_checks_come_once_per_so_many_tokens(smollm, monkeypatch):
 def test_a_full_step_is_closed_and_nothing_is_dropped(smollm, monkeypatch):
     """A step that never ends is closed when its room is used up; every fed token is in a block."""
     model, tokenizer = tiny("llama"), smollm[1]
-    monkeypatch.setattr(generate, "step_ended", lambda text: False)
+    monkeypatch.setattr(generate, "step_ended", lambda text, marks: False)
     nobody_answers(monkeypatch)
     settings = generate.Settings(max_passes=150, max_step=16, prompt=SHORT)
     run, history, _ = run_and_record(model, tokenizer, settings, 150)
@@ -252,7 +252,7 @@ def test_a_run_that_needs_more_room_ends_and_answers(smollm, monkeypatch):
     """Memory is what a run is likely to need; where steps are all headers it runs out, and nothing is
     lost."""
     model, tokenizer = tiny("llama"), smollm[1]
-    monkeypatch.setattr(generate, "step_ended", lambda text: len(text) > 0)
+    monkeypatch.setattr(generate, "step_ended", lambda text, marks: len(text) > 0)
     nobody_answers(monkeypatch)
     run = generate.Hogwild(model, tokenizer, PROBLEM, generate.Settings(max_passes=2000, prompt=SHORT,
                                                                         context=10**6))
@@ -350,7 +350,7 @@ def test_other_architectures_equal_the_oracle(smollm, monkeypatch, name, layout)
     """Random models of other kinds of RoPE and attention, three workers: every pass equals the oracle
     within 1e-3."""
     model, tokenizer = tiny(name), smollm[1]
-    monkeypatch.setattr(generate, "step_ended", lambda text: len(text) % 7 == 0)
+    monkeypatch.setattr(generate, "step_ended", lambda text, marks: len(text) % 7 == 0)
     nobody_answers(monkeypatch)
     settings = generate.Settings(workers=["A", "Beatrix", "C"], layout=layout, max_passes=30,
                                  prompt=SHORT, temperature=1.0)

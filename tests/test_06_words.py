@@ -5,6 +5,7 @@ The oracle takes nothing from the chapter and nothing from a run's own records: 
 headers, checks and finisher as the paper has them, and what is compared is what was fed and what the
 views consist of.
 """
+import os
 import random
 import re
 from importlib import import_module
@@ -86,8 +87,9 @@ def box(text):
 class Restated:
     """The protocol on strings, for workers that write the given tokens (as texts)."""
 
-    def __init__(self, layout, workers, every, seed, max_step):
+    def __init__(self, layout, workers, every, seed, max_step, room):
         self.layout, self.every, self.seed, self.max_step = layout, every, seed, max_step
+        self.room = room  # of a step, before an answer
         self.names, self.moves = NAMES[:workers], layout in ("combined", "interleaved")
         self.history = CHAT % LISTED[workers] + "### Past steps" * self.moves
         opening = "\n\n**{} [1]:** " if layout != "independent" else ""
@@ -126,7 +128,8 @@ class Restated:
             own = self.own[name]
             line_end = own.rstrip(" \t").endswith("\n") and own.count("```") % 2 == 0
             long = self.moves and self.count[name] + 1 >= self.max_step and line_end
-            if is_over(self.own[name]) or long:
+            full = self.moves and self.count[name] + 2 > self.room
+            if is_over(self.own[name]) or long or full:
                 self.answer = self.answer or box(self.own[name])
                 self.close(name)
 
@@ -157,7 +160,8 @@ def test_everybody_sees_what_the_protocol_says(layout, workers, every, seed, max
     run, paper = start(layout=layout, workers=NAMES[:workers], check_every=every, seed=seed,
                        max_step=max_step,
                        max_passes=budget)
-    restated = Restated(layout, workers, every, seed, max_step)
+    room = run.workers[0].block.capacity - run.reserve
+    restated = Restated(layout, workers, every, seed, max_step, room)
     streams = {name: [i for _ in range(9) for phrase in phrases[n]
                       for i in tokenizer()(phrase, add_special_tokens=False).input_ids]
                for n, name in enumerate(NAMES[:workers])}
@@ -169,7 +173,10 @@ def test_everybody_sees_what_the_protocol_says(layout, workers, every, seed, max
     for now in range(budget):
         tokens = {name: stream[now] for name, stream in streams.items()}
         run.advance(list(tokens.values()))
-        assert paper.views[-1] == list(restated.views())
+        for yours, wanted in zip(paper.views[-1], restated.views(), strict=True):
+            same = len(os.path.commonprefix([yours, wanted]))
+            assert yours == wanted, (f"after {yours[:same][-60:]!r} stands {yours[same:same + 60]!r} "
+                                     f"and not {wanted[same:same + 60]!r}")
         restated.take({name: tokenizer().decode([token]) for name, token in tokens.items()})
         assert run.boxed == restated.answer
         if run.ending:
@@ -281,8 +288,8 @@ def test_somebody_from_outside():
     a last step."""
     run, paper = start()
     write(run, Alice="I add", Bob="And I")
-    guests.say(run, "Teacher", "Mind the units.")
-    guests.add(run, "Carol")
+    run.say("Teacher", "Mind the units.")
+    run.add_worker("Carol")
     run.advance([50, 50, 50])
     alice, bob, carol, _ = paper.views[-1]
     past = "### Past steps\n\n**Teacher:** Mind the units.\n\n### Work in progress (others)"
@@ -290,16 +297,42 @@ def test_somebody_from_outside():
                           "\n\n### Work in progress (own)\n\n**Alice [1]:** I add")
     assert carol.endswith("\n\n### Work in progress (own)\n\n**Carol [1]:** ")
     assert bob.count("<...>") == 2
-    guests.dismiss(run, "Alice")
+    run.dismiss("Alice")
     run.advance([50, 50])
     assert "Mind the units.\n\n**Alice [1]:** I add\n\n### Work" in paper.views[-1][0]
     assert [len(record["sampled"]) for record in run.passes[-2:]] == [3, 2]
-    for wrong, word in ((lambda: guests.add(run, "Bob"), "two workers"),
-                        (lambda: guests.dismiss(run, "Zed"), "cannot"),
-                        (lambda: guests.say(run, "Bob", "x"), "two workers"),
-                        (lambda: guests.say(run, "Eve", "x " * 99999), "does not fit")):
+    for wrong, word in ((lambda: run.add_worker("Bob"), "two workers"),
+                        (lambda: run.dismiss("Zed"), "cannot"),
+                        (lambda: run.say("Bob", "x"), "two workers"),
+                        (lambda: run.say("Eve", "x " * 99999), "does not fit")):
         with pytest.raises(ValueError, match=word):
             wrong()
+
+
+def test_everybody_may_begin_with_the_same_words():
+    """Behind the header, with the name filled in, also of who joins later; they are nobody's own words,
+    and without headers there are none."""
+    def openings(layout):
+        told = generate.Settings(NAMES[:2], layout, opening="Hi, I'm {name}. \\boxed{9}", max_passes=20)
+        run = generate.Hogwild(random_model("llama"), tokenizer(), "What is 3 + 4?", told)
+        guests.add(run, "Carol")
+        assert run.written_answer() is None and all(w.own_text == "" for w in run.workers)
+        run.advance()
+        return [tokenizer().decode(run.passes[0]["fed"][w.name]) for w in run.workers]
+    assert openings("combined") == [
+        f"\n\n**{name} [1]:** Hi, I'm {name}. \\boxed{{9}}" for name in NAMES]
+    assert not any("Hi" in text for text in openings("independent"))
+
+
+def test_what_ends_a_sentence_is_a_setting(monkeypatch):
+    """A semicolon, if somebody wants it; and nothing else then."""
+    assert protocol.step_ended("one thing;\n\n", ";") and not protocol.step_ended("one thing;\n\n")
+    assert not protocol.step_ended("one thing.\n\n", ";") and protocol.step_ended("a ]\n\n", "]^-")
+    for marks, steps in ((";", 1), (protocol.MARKS, 0)):
+        told = generate.Settings(NAMES[:1], marks=marks, max_passes=20)
+        run = generate.Hogwild(random_model("llama"), tokenizer(), "What is 3 + 4?", told)
+        ids = tokenizer()("one thing;\n\n").input_ids
+        assert sum(len(run.advance([i])["closed"]) for i in ids) == steps
 
 
 def test_the_budget_asks_in_the_papers_words():
@@ -344,6 +377,7 @@ def test_the_prompt_says_all_rules():
                           ("contiguous", "have written so far")):
         other, _ = start(prompt=None, layout=layout)
         assert words in other.prompt and "Work in progress" not in other.prompt
+        assert ("**Name [step]:**" in other.prompt) == (layout == "interleaved")
 
 
 def test_a_reasoning_model_starts_with_its_thoughts():

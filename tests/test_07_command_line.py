@@ -19,7 +19,7 @@ from helpers import tiny, tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from appendix import command, journal, models, products
+from appendix import command, journal, models, products, protocol
 
 evaluation = import_module("07_eval_limo")
 generate = import_module("06_generate")
@@ -248,6 +248,42 @@ def test_one_file_has_one_writer_and_is_ours(without_loading, calm, tmp_path, mo
     assert call([*SHORT, str(path)]) == 2 and "other settings" in capsys.readouterr().err
 
 
+def test_budgets_may_be_added(without_loading, tmp_path, monkeypatch, capsys):
+    """Runs that were not asked at all of them are done again, and say the same at the old ones; tables
+    are about budgets that all results have."""
+    path = tmp_path / "out.jsonl"
+    assert call([*SHORT, str(path)]) == 0
+    before = lines_of(path)
+    assert call([*SHORT, str(path), "--budgets", "2", "3", "--limit", "1"]) == 0
+    assert "2 runs to do" in capsys.readouterr().out
+    after = {evaluation.key_of(row): row for row in evaluation.one_each(lines_of(path)[::-1])}
+    assert len(after) == len(before) == 4 and len(lines_of(path)) == 6
+    for row in before:
+        again = after[evaluation.key_of(row)]["answers"]
+        assert again["2"] == row["answers"]["2"] and ("3" in again) == (row["problem"] == 0)
+    assert call([*SHORT, str(path), "--budgets", "3", "--limit", "1"]) == 0
+    assert "0 runs to do" in capsys.readouterr().out
+    # Where that fails, the older answers are kept, and nobody says that there are more.
+    with monkeypatch.context() as broken:
+        broken.setattr(generate.Hogwild, "take", lambda *_: 1 / 0)
+        assert call([*SHORT, str(path), "--budgets", "2", "4", "--limit", "1"]) == 1
+    said = capsys.readouterr()
+    assert "[OK]" not in said.out and "2 of 2 runs failed" in said.err and "other budgets" in said.err
+    assert call(["--report", str(path)]) == 0
+    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "method runs 2 baseline" in said
+
+
+def test_a_debate_keeps_its_budgets(without_loading, tmp_path, capsys):
+    """Its rounds are shares of the largest one: with others, it is refused in the same file."""
+    run = [*SHORT, str(tmp_path / "out.jsonl"), "--limit", "1", "--methods", "debate", "--budgets", "2"]
+    assert call([*run, "4"]) == 0 == call([*run, "4"]) and "0 runs to do" in capsys.readouterr().out
+    for others in ([], ["3", "4"], ["4", "8"]):
+        assert call([*run, *others]) == 2
+        said = capsys.readouterr().err
+        assert "budgets" in said and "another file" in said and said.count("\n") == 1
+
+
 # -- what is refused ------------------------------------------------------------------------------------
 
 GOOD = '{"question": "a", "answer": "1"}\n'
@@ -268,7 +304,6 @@ WRONG = {
     "out": (GOOD, ["--out", "no/such/folder.jsonl"], "cannot be written"),
     "png": (GOOD, ["--png", "no/such/folder.png"], "cannot be written"),
     "data": (None, [], "cannot be read"),
-    "other": (GOOD, ["--budgets", "3"], "budgets [2, 4], not [3]"),
     "report": (GOOD, ["--report", "nothing.jsonl"], "cannot be read"),
     "nothing": (GOOD, ["--report", "eval.jsonl"], "no results"),
     "torchrun": (GOOD, ["--tensor-parallel", "--out", "tp.jsonl"], "torchrun"),
@@ -294,7 +329,7 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(case, tmp_path, monkeyp
     (tmp_path / "notes").write_text("notes")
     if content is not None:
         (tmp_path / "data.jsonl").write_text(content)
-    if case in ("other", "nothing"):  # (a run of theirs, which stops as soon as its file is there)
+    if case == "nothing":  # (a run of theirs, which stops as soon as its file is there)
         monkeypatch.setattr(models, "prepared", lambda *_: sys.exit(9))
         assert call(["--data", "data.jsonl", "--budgets", "2", "4"]) == 9
         capsys.readouterr()
@@ -332,13 +367,30 @@ def test_what_all_results_have_in_common(without_loading, tmp_path, monkeypatch)
     assert len(rows) == 1 and header == {
         "model": "SmolLM2-135M-Instruct", "dtype": "auto", "task": "math500", "budgets": [1],
         "data": f"data.jsonl ({digest})", "greedy": False, "check_every": 1024, "answer_tokens": 64,
-        "context": None}
+        "context": None, "marks": protocol.MARKS, "opening": None, "prompt": None}
     (tmp_path / "data.jsonl").write_text(GOOD.replace("1", "2"))
     assert call(run) == 2
     what = evaluation.Evaluation(model="hub/name")
     assert what.budgets == [256, 512, 1024, 2048, 4096] and what.limit is None
     what = evaluation.Evaluation()
     assert what.budgets == [80, 160, 240] and what.limit == 2
+
+
+def test_a_prompt_is_for_teams(without_loading, tmp_path, monkeypatch):
+    """From a file; who is alone gets the plain one. It belongs to the results, as the opening does."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompt.txt").write_text("Work together, {names}: {problem}")
+    prompts, build = {}, generate.Hogwild.build
+    monkeypatch.setattr(generate.Hogwild, "build", lambda run, *what: (
+        prompts.update({len(run.settings.workers): run.prompt}), build(run, *what))[1])
+    run = [*PLAIN, "--methods", "baseline", "hogwild:2", "--budgets", "2", "--limit", "1", "--device",
+           "cpu", "--opening", "I'm {name}."]
+    assert call([*run, "--prompt", "prompt.txt"]) == 0
+    assert "Work together, Alice and Bob: A shelf" in prompts[2] and "Work together" not in prompts[1]
+    assert "Reason step by step" in prompts[1]
+    assert call(run) == 2 and call([*run, "--prompt", "nowhere.txt"]) == 2
+    (tmp_path / "prompt.txt").write_text("Work together")
+    assert call([*run, "--prompt", "prompt.txt", "--out", "other.jsonl"]) == 2
 
 
 def test_processes_share_the_problems_or_the_model(smollm, tmp_path):
@@ -354,9 +406,11 @@ def test_processes_share_the_problems_or_the_model(smollm, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     watch = tmp_path / "watch.py"  # the chapter, saying how many key heads a process keeps
     watch.write_text(
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nfrom importlib import import_module\n"
+        f"import os, sys; sys.path[:0] = [{str(ROOT)!r}]\nfrom importlib import import_module\n"
         "evaluation = import_module('07_eval_limo')\n"
         "cache = import_module('02_shared_cache').SharedCache\n"
+        "free = 10**15 * (os.environ.get('RANK', '0') == '0')\n"  # the others have no memory left
+        "import_module('appendix.models').free_memory = lambda _: free\n"
         "write, heads = cache.write, set()\n"
         "cache.write = lambda self, layer, k, v: heads.add(k.shape[0]) or write(self, layer, k, v)\n"
         "code = evaluation.main()\n"

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
-from appendix import curves, methods, models, protocol
+from appendix import curves, methods, models, protocol, results
 
 evaluation = import_module("07_eval_limo")
 generate = import_module("06_generate")
@@ -30,8 +30,8 @@ def toy():
 
 def start(spec, toy, **others):
     """The runs of a method on the question."""
-    return evaluation.runs_of(spec, *toy, {"question": QUESTION, "answers": ["7"]},
-                              generate.Settings(**others))
+    problem = {"question": QUESTION, "answers": ["7"]}
+    return evaluation.runs_of(spec, *toy, problem, generate.Settings(**others))
 
 
 def stage(toy, kind, prompts, at_once=None, **others):
@@ -53,8 +53,6 @@ def ids_of(text):
     """Token ids of a text."""
     return tokenizer()(text, add_special_tokens=False).input_ids
 
-
-# -- methods --------------------------------------------------------------------------------------------
 
 def test_the_baseline_is_what_generate_does(toy):
     """Sequential, greedy: the tokens of the stock model's own `generate`."""
@@ -203,7 +201,7 @@ def test_a_stage_beyond_the_context_ends_the_method(toy):
 
 def test_reencoded_steps_are_encoded_in_their_place(toy, monkeypatch):
     """The history holds the keys of its text encoded in one go; rotated steps do not."""
-    monkeypatch.setattr(generate, "step_ended", lambda text: len(text) > 60)
+    monkeypatch.setattr(generate, "step_ended", lambda text, marks: len(text) > 60)
     worst = {}
     for spec in ("re-encode:2", "hogwild:2"):
         run, = start(spec, toy, max_passes=25, greedy=True)
@@ -243,6 +241,9 @@ def test_every_method_is_what_it_says(toy):
     assert isinstance(result["answers"]["4"]["answer"], str)
     assert [evaluation.method(spec)[0] for spec in ("hogwild", "hogwild:4", "baseline:1", "skeleton",
             "skeleton:1")] == ["hogwild:2", "hogwild:4", "baseline", "skeleton", "skeleton:1"]
+    for spec in ("hogwilde", "hogwild:0", "hogwild:17", "baseline:2"):
+        with pytest.raises(ValueError, match="no method|number of workers from 1 to 1"):
+            evaluation.method(spec)
 
 
 def test_one_run_answers_at_every_budget(toy):
@@ -255,6 +256,7 @@ def test_one_run_answers_at_every_budget(toy):
             once = evaluated(start(spec, toy, seed=2, **short), [budget])
             assert once["answers"][str(budget)]["answer"] == often["answers"][str(budget)]["answer"]
         assert once["text"] == often["text"] and once["tokens"] == often["tokens"]
+        assert often["tokens"] == 30 or spec != "hogwild:2"  # two workers, 15 passes
 
 
 WORDS = ["1", "2", ".", "\n\n", " so", "\\boxed{7}", "\\boxed{8}.\n\n", "\n2. go", "<|im_end|>"]
@@ -301,12 +303,10 @@ def test_an_answer_does_not_depend_on_other_budgets(toy, spec, budgets, seed):
         assert all(isinstance(entry["answer"], str) for entry in every["answers"].values())
 
 
-# -- the report -----------------------------------------------------------------------------------------
-
 def result(method, number, scores, seed=0, **others):
     """A row as evaluations have them, asked at 10 and 20 passes."""
     entry = {"understood": True, "answer": "7"}
-    answers = {str(b): {**entry, "score": s, "seconds": b / 10, "passes": b}
+    answers = {str(b): {**entry, "score": s, "seconds": b / 10, "passes": b, "tokens": 3 * b}
                for b, s in zip((10, 20), scores or ())}
     fault = {} if scores else {"answers": {b: evaluation.NOTHING for b in ("10", "20")}, "error": "x"}
     return {"method": method, "problem": number, "seed": seed, "error": None, "ending": "passes",
@@ -324,21 +324,20 @@ def test_the_figures_of_the_report():
     assert curves.interval(0.5, 10) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
     assert curves.interval(0.0, 20) == (pytest.approx(0.0), pytest.approx(0.1611, abs=1e-4))
     # Problem 9 was not done by hogwild: left out.
-    results = [*RESULTS, result("baseline", 9, (1, 1))]
-    table = evaluation.summary(results, [10, 20])
-    base, ours = table["baseline"], table["hogwild:2"]
+    found = [*RESULTS, result("baseline", 9, (1, 1))]
+    base, ours = map(results.summary(found, [10, 20]).get, ("baseline", "hogwild:2"))
     assert list(base["accuracy"]) == [0, 1 / 3] and base["passes_to_right"] == 20 and base["count"] == 3
     assert list(ours["accuracy"]) == [1 / 3, 2 / 3] and ours["faults"] == 1
-    assert ours["passes_to_right"] == 15
-    assert list(ours["seconds"]) == [1, 2] and ours["none"] == ours["not_understood"] == 0
+    assert ours["passes_to_right"] == 15 and list(ours["tokens"]) == [30, 60]
+    assert ours["none"] == ours["not_understood"] == 0 and ours["spread"].tolist() == [[1, 2]] * 2
     assert list(ours["scores"][:, 1]) == [1, 1, 0]
     # Seeds are no problems, and the order of the lines means nothing.
-    twice = [{**row, "seed": 1} for row in results] + results[::-1]
-    again = evaluation.summary(twice, [10, 20])["hogwild:2"]
+    twice = [{**row, "seed": 1} for row in found] + found[::-1]
+    again = results.summary(twice, [10, 20])["hogwild:2"]
     assert again["count"] == 3 and again["runs"] == 6
     assert list(again["accuracy"]) == list(ours["accuracy"])
     with pytest.raises(ValueError, match="no problem yet"):
-        evaluation.summary([RESULTS[0], RESULTS[4]], [10, 20])  # one has done problem 0, the other 1
+        results.summary([RESULTS[0], RESULTS[4]], [10, 20])  # one has done problem 0, the other 1
     assert curves.passes_to_reach(0.5, [10, 20], [0, 0.5]) == 20
     assert curves.passes_to_reach(0.5, [10, 20], [1 / 3, 2 / 3]) == pytest.approx(15)
     assert curves.relative_passes([10, 20], [1 / 3, 2 / 3], [0, 0.5]) == "0.75 (at 50%)"
@@ -353,11 +352,11 @@ def test_what_is_counted_of_answers():
             result("hogwild:2", 1, (0, 0), ending="room"), result("hogwild:2", 1, (0, 0), seed=1)]
     some[0]["answers"]["20"]["answer"] = " "
     some[2]["answers"]["20"]["understood"] = False
-    row = evaluation.summary(some, [10, 20])["hogwild:2"]
+    row = results.summary(some, [10, 20])["hogwild:2"]
     assert (row["none"], row["not_understood"], row["context"], row["faults"]) == (1, 1, 2, 0)
     assert row["count"] == 2 and list(row["accuracy"]) == [0.25, 0.25] and row["passes_to_right"] == 10
     assert [list(column) for column in row["scores"]] == [[0.5, 0.5], [0, 0]]
-    nothing = evaluation.summary([result("baseline", 0, None)], [10, 20])["baseline"]
+    nothing = results.summary([result("baseline", 0, None)], [10, 20])["baseline"]
     assert (nothing["faults"], nothing["none"], nothing["passes_to_right"]) == (1, 0, None)
     # A run that failed and was tried again counts once, whatever the order.
     twice = [result("baseline", 0, None), result("baseline", 0, (1, 1)), result("baseline", 0, None)]
@@ -368,10 +367,13 @@ def test_the_tables(capsys, tmp_path, monkeypatch):
     """Shares with intervals, the paired difference, the ratio of passes; and the picture."""
     header = {"model": "m\x1b", "task": "own", "data": None, "budgets": [10, 20]}
     drawn, bars = [], Axes.errorbar
+    evaluation.report(header, RESULTS)
+    assert " too few problems " in capsys.readouterr().out
+    monkeypatch.setattr(curves, "FEW", 3)
     monkeypatch.setattr(Axes, "errorbar", lambda *what, **how: drawn.append(what) or bars(*what, **how))
     evaluation.report(header, RESULTS, str(tmp_path / "x.png"))
-    assert [list(x) for _, x, *_ in drawn] == [[10, 20], [10, 20], [1, 2], [1, 2]]
-    lows = [y - down for *_, y, (down, _) in drawn[:2]]
+    assert [list(x) for _, x, *_ in drawn] == [[10, 20]] * 2 + [[30, 60]] * 2 + [[1, 2]] * 2
+    lows = [y - down for _, _, y, (down, _), _ in drawn[:2]]
     assert np.allclose(lows, [[0, 0.0615], [0.0615, 0.2077]], atol=1e-4)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["hogwild:2", "3", "33%", "(6%–79%)", "67%", "(21%–94%)"] in lines

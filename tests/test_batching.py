@@ -68,6 +68,34 @@ def test_memory_is_used_again(toy):
     assert many.slots <= 3.5 * one.slots and many.keys[0].shape[1] == many.slots
 
 
+def test_a_beginning_that_is_known_is_not_encoded_again(toy, monkeypatch):
+    """Of prompts that differ in the end, the second one's beginning is copied: keys are the same, and
+    nothing of a run that has been released is used."""
+    fed, feed = [], generate.Hogwild.fed
+    monkeypatch.setattr(generate.Hogwild, "fed",
+                        lambda run, writers: fed.append(writers) or feed(run, writers))
+    caches = [shared_cache.SharedCache(toy[2]) for _ in range(2)]
+
+    def run_on(question, cache):
+        fed.clear()
+        run = generate.Hogwild(*toy[:2], question, generate.Settings(max_passes=20), None, cache)
+        return run, sum(len(ids) for view, ids in sum(fed, []) if view == [run.history])
+    one, took = run_on("How much is 3 + 4?", caches[0])
+    two, less = run_on("How much is 3 + 5?", caches[0])
+    alone, all_of_it = run_on("How much is 3 + 5?", caches[1])
+    assert took == all_of_it == alone.history.length == two.history.length and 0 < less < took // 4
+    for layer in caches[0].keys:
+        for memory in ("keys", "values"):
+            copied, encoded = (getattr(run.cache, memory)[layer][:, run.history.start:][:, :all_of_it]
+                               for run in (two, alone))
+            assert torch.allclose(copied, encoded, atol=1e-5)
+    assert [run.advance()["sampled"] for run in (two, alone) for _ in range(3)][:3] == [
+        record["sampled"] for record in alone.passes]
+    for run in (one, two):
+        run.release()
+    assert not caches[0].prompts and run_on("How much is 3 + 6?", caches[0])[1] == took
+
+
 def test_a_job_begins_as_soon_as_another_ends():
     """Continuous batching: of three jobs, two at a time, the last begins when the shortest ends."""
     def count(times):

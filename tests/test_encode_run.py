@@ -129,16 +129,19 @@ def gradients(model, value):
 
 
 def test_loss_and_gradient_of_one_worker_are_those_of_plain_training():
-    """One worker without headers is a plain text: loss and gradients are the stock model's."""
+    """One worker without headers is a plain text: loss and gradients are the stock model's, with what
+    each token counts."""
     model = trainable()
     example = encode_run.rehearse("independent", [[300]], 60, prompt=20)
     example.ids = torch.randint(0, 1000, example.ids.shape)
     own = torch.arange(len(example.ids)) >= example.prefill
     example.sampled = torch.where(own, example.ids.roll(-1), recording.IGNORE)
     example.sampled[-1] = 7
+    example.weight = torch.rand(len(example.ids)) * 4
     model.set_attn_implementation("sdpa")
     logits = model(example.ids[None]).logits[0]
-    expected = F.cross_entropy(logits, example.sampled)
+    each = F.cross_entropy(logits[own], example.sampled[own], reduction="none")
+    expected = (each * example.weight[own]).sum() / example.weight[own].sum()
     plain = gradients(model, expected)
     value = recording.loss(model, query_rotation.attach(model), [example], size=16)
     ours = gradients(model, value)

@@ -1,13 +1,14 @@
 """The judge of collaboration: what it is shown, how verdicts are read and kept; a server's stand-in."""
 import json
 import re
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from helpers import tiny, tokenizer
 
-from appendix import command, journal, judge, models, results
+from appendix import command, journal, judge, models, results, tasks
 
 
 def call(*arguments):
@@ -20,12 +21,16 @@ def call(*arguments):
 
 @pytest.fixture
 def runs(tmp_path):
-    """A file of chapter 7 with two methods and two problems."""
+    """A file of chapter 7 with a few methods and two problems."""
     path = tmp_path / "eval.jsonl"
     header = {"model": "m", "task": "own", "data": None, "budgets": [4]}
-    answer = {"4": {"answer": "1", "score": 0.0, "understood": True, "passes": 4, "seconds": 1.0}}
+    answer = {"4": {"answer": "1", "score": 0.0, "understood": True, "passes": 4, "tokens": 4,
+                    "seconds": 1.0}}
     with journal.Journal(str(path), "evaluation", header, results.ROW) as out:
         for method, texts in (("hogwild:2", ["I add.", "I see you add."]), ("baseline", ["alone"]),
+                              ("interleaved:2", ["I wait.", "So do I."]),
+                              ("skeleton:3", ["1. outline", "a point", "all"]),
+                              ("debate:2", ["I think so.", "Me too."]),
                               ("self-consistency:2", ["mine", "mine too"])):
             for problem in (0, 1):
                 out.add({"method": method, "problem": problem, "seed": 0, "error": None,
@@ -53,14 +58,16 @@ def test_the_judge_sees_worker_after_worker(runs, monkeypatch, capsys):
     out = runs.parent / "levels.jsonl"
     assert call(runs, "--out", out, "--png", runs.parent / "l.png") == 0
     text = capsys.readouterr().out
-    assert re.search(r"hogwild:2 +2 +5\.00", text)
-    assert re.search(r"self-consistency:2 +2 +1\.33", text)
-    assert "baseline" not in text and len(shown) == 12 and {seed for _, seed in shown} == {0, 1, 2}
+    assert re.search(r"hogwild:2 token-wise +2 +5\.00 +5\.00 – 5\.00", text)
+    assert re.search(r"interleaved:2 step-wise +2 +1\.33", text)
+    assert re.search(r"self-consistency:2 no sync +2 +1\.33", text)
+    assert not any(name in text for name in ("baseline", "skeleton", "debate"))
+    assert len(shown) == 18 and {seed for _, seed in shown} == {0, 1, 2}
     first = next(prompt for prompt, _ in shown if "I see you" in prompt)
     assert "--- Alice ---\nI add.\n\n--- Bob ---\nI see you add." in first
     assert "12 books" in first and "1. Nothing in common" in first
     assert (runs.parent / "l.png").read_bytes()[:4] == b"\x89PNG"
-    assert call(runs, "--out", out) == 0 and len(shown) == 12  # what is in there is not judged again
+    assert call(runs, "--out", out) == 0 and len(shown) == 18  # what is in there is not judged again
 
 
 def test_a_model_of_transformers_judges(runs, monkeypatch):
@@ -78,6 +85,44 @@ def test_a_model_of_transformers_judges(runs, monkeypatch):
     (runs.parent / "notes.png").write_text("my notes")
     assert call(runs, "--png", runs.parent / "notes.png") == 2
     assert (runs.parent / "notes.png").read_text() == "my notes"
+
+
+def test_a_verdict_is_read_at_its_end(monkeypatch):
+    r"""A judge that goes on behind a \boxed{} is heard out, as one behind an endpoint is."""
+    monkeypatch.setattr(models, "prepared", lambda *_: (tiny("llama"), tokenizer()))
+    words = tokenizer()("Level \\boxed{1}?\n\nNo: \\boxed{4}.\n\n<|im_end|>").input_ids
+    monkeypatch.setattr(judge.generate.Hogwild, "sample", lambda run, _: [words[len(run.passes)]])
+    assert judge.level_of(judge.local(judge.Options())("How well do they work?", 0)) == 4
+
+
+def test_seeds_are_no_problems(capsys):
+    """Two problems, of which one was solved with three seeds: the level of each counts once."""
+    seen = {(0, 0): 1, (0, 1): 2, (0, 2): 3, (1, 0): 5}
+    judge.report([{"method": "hogwild:2", "problem": problem, "seed": seed, "levels": [level, None]}
+                  for (problem, seed), level in seen.items()], None)
+    assert re.search(r"hogwild:2 token-wise +4 +3\.50 +2\.00 – 5\.00", capsys.readouterr().out)
+
+
+def test_runs_are_judged_with_the_problems_that_they_solved(runs, monkeypatch, capsys):
+    """Runs on a file of problems need this file again; runs on a task's own ones need none."""
+    asked, data = [], runs.parent / "mine.jsonl"
+    monkeypatch.setattr(judge, "local", lambda options: lambda prompt, seed: asked.append(prompt) or "")
+    data.write_text('{"question": "How tall?", "answer": "1"}\n{"question": "And?", "answer": "2"}\n')
+    assert call(runs, "--data", data) == 2 and "the task itself" in capsys.readouterr().err
+    header, *rows = runs.read_text().splitlines(keepends=True)
+    header = json.dumps({**json.loads(header), "data": tasks.label(data)}) + "\n"
+    runs.write_text("".join([header, *rows]))
+    assert call(runs) == 2 and "mine.jsonl" in capsys.readouterr().err and not asked
+    assert call(runs, "--data", data) == 0 and "How tall?" in asked[0] + asked[-1]
+    data.write_text('{"question": "How wide?", "answer": "1"}\n')
+    assert call(runs, "--data", data) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_draws_is_missed_before_anything_is_judged(runs, monkeypatch, capsys):
+    """Without matplotlib, --png is refused before there is a verdict that could be lost."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(judge, "local", lambda options: pytest.fail("a model was loaded"))
+    assert call(runs, "--png", runs.parent / "l.png") == 2 and "matplotlib" in capsys.readouterr().err
 
 
 def test_calibration(monkeypatch, capsys):
@@ -120,7 +165,7 @@ def test_a_server_may_judge(runs, capsys):
     assert call(runs, "--endpoint", url, "--model", "some-model") == 0
     server.shutdown()
     server.server_close()
-    assert "4.00" in capsys.readouterr().out and len(server.asked) == 12
+    assert "4.00" in capsys.readouterr().out and len(server.asked) == 18
     assert {asked["model"] for asked in server.asked} == {"some-model"}
     assert call(runs, "--endpoint", url, "--model", "some-model") == 2
     assert "did not answer" in capsys.readouterr().err
@@ -128,6 +173,7 @@ def test_a_server_may_judge(runs, capsys):
 
 @pytest.mark.parametrize("arguments, words", [
     ([], "--calibrate"), (["x.jsonl", "--calibrate"], "--calibrate"), (["nowhere.jsonl"], "nowhere"),
+    (["--calibrate", "--endpoint", "http://localhost:1"], "--model"),
     (["--calibrate", "--png", "x.jpg"], ".png"), (["--calibrate", "--limit", "0"], "at least 1")])
 def test_wrong_input_is_refused_in_one_sentence(arguments, words, capsys):
     """Exit code 2, one line, no traceback."""

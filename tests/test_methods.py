@@ -63,6 +63,20 @@ def test_a_vote_counts_numbers_not_texts(toy, monkeypatch):
     assert [block.length for block in run.cache.blocks] == lengths
 
 
+@pytest.mark.parametrize("parts, form, said, wanted", [
+    (2, "box", ["2, 1", "1, 2", "1, 2"], "1, 2"), (2, "box", ["2, 1", "1/2, 4", "0.5, 4.0"], "1/2, 4"),
+    (2, "box", ["1, 2, 3", "1", "1", "1, 2"], "1"), (1, "box", ["2, 1", "3", "1, 2"], "2, 1"),
+    (1, "box", ["", "", "5"], "5"), (1, "box", ["", ""], ""),
+    (1, "code", ["print(1 + 2)", "print(2 + 1)", "print(2 + 1)"], "print(2 + 1)")])
+def test_a_vote_is_counted_as_answers_are_graded(toy, parts, form, said, wanted):
+    """Several numbers by their positions, a set in any order, programs as texts; silence is no vote."""
+    start = start_with(toy, form=form)
+    run = next(methods.vote(start, PROBLEM._replace(parts=parts), 2))
+    assert run.combined(said) == wanted
+    jury = next(methods.debate(start, PROBLEM._replace(parts=parts), 2))
+    assert jury.combined(said) == wanted
+
+
 def test_who_has_not_answered_is_asked_alone(toy):
     """Each of two samples says, side by side, what it says when it is asked alone."""
     both = start_with(toy)(methods.Votes, 2, greedy=False, seed=3)
@@ -116,6 +130,18 @@ def test_in_a_debate_everybody_reads_the_others(toy, monkeypatch):
     assert second.answer() == "7" and next(stages, None) is None
 
 
+def test_a_debate_may_have_more_rounds(toy):
+    """Each has its share of the passes."""
+    problem, told = {"question": PROBLEM.text, "answers": ["7"]}, generate.Settings(max_passes=12)
+    for spec, rounds in [("debate", 2), ("debate-3:2", 3), ("debate-4", 4)]:
+        passes = []
+        for run in evaluation.runs_of(spec, *toy, problem, told):
+            while run.ending is None:
+                run.advance()
+            passes.append(len(run.passes))
+        assert passes == [12 // rounds] * rounds and len(run.workers) == 2, spec
+
+
 def test_parts_are_worked_on_beside_the_writer(toy, monkeypatch):
     """Who is handed a part begins in the next pass; at <join/>, the writer waits and gets results."""
     run, = methods.fork_join(start_with(toy, max_passes=400), PROBLEM, None)
@@ -153,6 +179,28 @@ def test_parts_are_worked_on_beside_the_writer(toy, monkeypatch):
     assert run.ending == "answer" and run.answer() == "17" and run.workers[-1].name == "Alice"
 
 
+@pytest.mark.parametrize("others", [{}, {"context": 1096}])
+def test_what_does_not_fit_is_not_given(toy, monkeypatch, others):
+    """Of results that are longer than the writer's memory, or than the context, it gets the beginning;
+    it can still be asked for its answer, as soon as it has them and at the end."""
+    run, = methods.fork_join(start_with(toy, max_passes=150, **others), PROBLEM, None)
+    words = iter(run.encode("<part>one</part> <part>two</part> <part>three</part> <part>four</part>"
+                            " <part>five</part> <part>six</part> <join/>"))
+    end, filler = toy[1].eos_token_id, run.encode(" so")[0]
+    monkeypatch.setattr(run, "sample", lambda _: [
+        next(words, filler) if w.name == "Alice" else end if len(w.ids) > 70 else filler
+        for w in run.next_writers()])
+    while not run.joined:
+        run.advance()
+    writer, given = run.workers[-1], run.workers[-1].pending
+    assert len(given) > 100 and "one: so so so" in run.decode(given) and "six: " not in run.decode(given)
+    assert run.ending is None and isinstance(run.answer(), str)
+    while run.ending is None:
+        run.advance()
+    assert run.ending == "passes" and isinstance(run.answer(), str)
+    assert run.ids[writer.block][-30:] == [filler] * 30
+
+
 def test_a_writer_who_hands_over_nothing_is_a_sequential_run(toy):
     """As the baseline, but for its prompt."""
     run, = methods.fork_join(start_with(toy, max_passes=30), PROBLEM, None)
@@ -164,6 +212,22 @@ def test_a_writer_who_hands_over_nothing_is_a_sequential_run(toy):
     while alone.ending is None:
         alone.advance()
     assert run.passes and [r["sampled"] for r in run.passes] == [r["sampled"] for r in alone.passes]
+
+
+@pytest.mark.parametrize("spec", ["baseline", "hogwild:1", "contiguous:1", "vote:1", "fork-join"])
+def test_a_program_is_found_where_its_box_is_in_a_later_step(toy, monkeypatch, spec):
+    """A block of code with a sentence, and its box behind that, in a step of its own; a box before it
+    does not count."""
+    problem = {"question": PROBLEM.text + " Write \\boxed{done}.", "answers": []}
+    told = generate.Settings(max_passes=90, form="code", answer_tokens=2)
+    code = "```python\nprint(7)\n```\nIt prints.\n\n"
+    for words, wanted in [(code + "It is \\boxed{done}.\n\n", "print(7)"),
+                          ("A \\boxed{draft}.\n\n" + code, None)]:
+        run, = evaluation.runs_of(spec, *toy, problem, told)
+        let_write(monkeypatch, run, {"Alice": words})
+        assert sum(len(record["closed"]) for record in run.passes) >= 2 - (spec == "vote:1")
+        assert run.found(run.workers[-1]) == wanted and run.written_answer() in (wanted, None)
+        assert (run.ending in ("answer", "end of text")) == (wanted is not None)
 
 
 @pytest.mark.parametrize("spec", ["vote:3", "debate:2", "skeleton", "fork-join"])

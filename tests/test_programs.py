@@ -22,7 +22,12 @@ ADD = "print(sum(map(int, input().split())))"
 @boxed
 @pytest.mark.parametrize("code, given, wanted, right", [
     (ADD, "1 2", "3\n", True), (ADD, "1 2", "4", False), (ADD, "x", "3", False),
-    (ADD, "1 2", "3.0", True),
+    (ADD, "1 2", "3.0", True), (ADD, "9007199254740992 1", "9007199254740992", False),
+    ("print('1e3', '1e-400')", "", "1000 0", False), ("print('sNaN')", "", "1", False),
+    ("from __future__ import annotations\n" + ADD, "1 2", "3", True),
+    (f"{ADD}\nif __name__ == '__main__': print(__doc__)", "1 2", "3\nNone", True),
+    (f"{ADD}  # \0", "1 2", "3", False), (f"{ADD}  # \ud800", "1 2", "3", False),
+    (f"{ADD}  # {'x' * 2**16}", "1 2", "3", True), (f"{ADD}  # {'x' * 2**17}", "1 2", "3", False),
     ("print(1)\nprint(2)", "", "1\n2", True), ("print(1, 2)", "", "1\n2", False),
     ("print('1 ')\nprint()", "", "1", True), ("import sys\nsys.exit(3)", "", "", False),
     ("print('a b', pow(2, 10, 7))", "",
@@ -41,6 +46,8 @@ def test_a_program_reads_and_prints(code, given, wanted, right):
     ("def add(a: List[int], b): return [x + b for x in a]", "[1, 2]\n4", "[5, 6]", True),
     ("def add(a, b): return (a, b)", "1\n2", "[1, 2]", True),
     ("def other(a): return a", "1", "1", False),
+    ("from __future__ import annotations\ndef add(a: Unknown): return a", "1", "1", True),
+    ("import os\nprint('[' * 10**5, flush=True)\nos._exit(0)", "1", "1", False),
     ("def add(a):\n    print('noise')\n    return a", "1", "1", True)])
 def test_a_function_is_called_with_json(code, given, wanted, right):
     """A method of Solution, or a function."""
@@ -147,10 +154,20 @@ def test_tests_are_read_and_nothing_is_executed(tmp_path):
     class Trap:
         def __reduce__(self):
             return (open, (str(tmp_path / "sprung"), "w"))
-    for wrong in (packed(Trap()), "nonsense", packed([1]), packed("[{}]"), None, "[1]"):
+    for wrong in (packed(Trap()), "nonsense", packed([1]), packed("[{}]"), None, "[1]",
+                  '[{"input": "1", "output": 3, "testtype": "stdin"}]', base64.b64encode(b"x").decode()):
         with pytest.raises(ValueError, match="tests that can be read"):
             programs.tests_of(row(wrong))
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_row_without_tests_is_refused(tmp_path):
+    """Or any program would pass them all."""
+    with pytest.raises(ValueError, match="each test has to have.*, and there has to be one"):
+        programs.tests_of(row("[]", public_test_cases="[]"))
+    (tmp_path / "data.jsonl").write_text(json.dumps(row("[]", public_test_cases="[]")))
+    with pytest.raises(ValueError, match="line 1 of .* lacks tests that can be read"):
+        tasks.load("livecodebench", str(tmp_path / "data.jsonl"))
 
 
 def test_problems_are_those_of_the_papers_months():

@@ -121,7 +121,7 @@ def test_the_command_line_goes_on_with_what_was_killed(smollm, tmp_path, monkeyp
     """Interrupted in pass 7 of 14, the same command goes on; the trace is that of an undisturbed run."""
     often(monkeypatch, 6)
     loaded = copy.deepcopy(smollm[0]), smollm[1]
-    monkeypatch.setattr(generate.models, "prepared", lambda options: loaded)
+    monkeypatch.setattr(generate.models, "prepared", lambda *_: loaded)
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     arguments = [PROBLEM, "--seed", 3, "--check-every", 16, "--workers", 3]
     assert call(*arguments, "--max-passes", 14, "--save", whole) == 0
