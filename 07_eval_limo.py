@@ -10,8 +10,8 @@ lines more:
     interleaved:W        the same, but they see each other's steps only when these are finished
     no-check:W           hogwild without the question about redundant work
     re-encode:W          hogwild, but finished steps are encoded anew, not rotated
-    baseline             one worker, the plain prompt; asked for an answer at the budget (early stop)
-    no-early-stop        the same, but an answer counts only if it was written in time
+    baseline             one worker, the plain prompt; asked for an answer at the budget (early stop).
+                         The report also says what it had written in time, unasked: no-early-stop
     self-consistency:W   independent workers; the answer is given with all their text in view
     vote:W               the same, but the most frequent of their answers wins
     debate:W             the same twice: in the second round, everybody has read the others (debate-3:W,
@@ -41,6 +41,7 @@ from appendix import (
     adapters,
     batching,
     command,
+    curves,
     engine,
     journal,
     models,
@@ -50,7 +51,7 @@ from appendix import (
     tasks,
 )
 from appendix.command import option
-from appendix.results import NOTHING, ROW, asked_at, files_of, key_of, one_each, read, report
+from appendix.results import NOTHING, ROW, asked_at, files_of, key_of, one_each, read, summary
 
 shared_cache = import_module("02_shared_cache")
 query_rotation = import_module("04_query_rotation")
@@ -60,7 +61,7 @@ Hogwild, SOLO, written = generate.Hogwild, methods.SOLO, methods.written
 
 # ------------------------------------------------------------------------- runs, asked at every budget
 
-def evaluate(runs, problem, budgets, early_stop=True):  # exercise
+def evaluate(runs, problem, budgets):  # exercise
     """A job (appendix/batching.py): runs one after the other, asked at every budget on the way.
 
     The answer is asked for in the cache that is there, and the run goes on as though nobody had asked.
@@ -70,21 +71,21 @@ def evaluate(runs, problem, budgets, early_stop=True):  # exercise
         runs: an iterator, usually over one run.
         problem: see tasks.load.
         budgets: increasing numbers of passes, a list of ints.
-        early_stop: ask for an answer; or else only what was written in time counts.
     Returns:
-        a dict, ready for JSON: "answers": {a budget, as a text: {"answer": text or None, "score": 0 to
-        1, "understood": bool, "passes", "tokens", "seconds"}}; these three in all (others use seconds,
-        too, if jobs go on side by side) of all runs; "ending" of the last one; "step_ends": [(pass,
-        worker)]; "text": [all that a worker has written], run after run.
+        a dict, ready for JSON: "answers": {a budget, as a text: {"answer": text, "in_time": was it
+        written before anybody asked? "score": 0 to 1, "understood": bool, "passes", "tokens",
+        "seconds"}}; these three in all (others use seconds, too, if jobs go on side by side) of all
+        runs; "ending" of the last one; "step_ends": [(pass, worker)]; "text": [all that a worker has
+        written], run after run.
     """
     answers, step_ends, texts = {}, [], []
     passes, tokens, seconds = 0, 0, 0.0
 
     def asked(run):
-        answer = (yield from run.asking()) if early_stop else run.written_answer()
+        in_time, answer = run.written_answer() is not None, (yield from run.asking())
         score, understood = tasks.mark(answer, problem)
-        return {"answer": answer, "score": score, "understood": understood, "passes": passes,
-                "tokens": tokens, "seconds": seconds}
+        return {"answer": answer, "in_time": in_time, "score": score, "understood": understood,
+                "passes": passes, "tokens": tokens, "seconds": seconds}
 
     try:
         for run in runs:
@@ -119,7 +120,7 @@ METHODS = {
     "hogwild": (Hogwild, {}, 2), "contiguous": (Hogwild, {"layout": "contiguous"}, 2),
     "interleaved": (Hogwild, {"layout": "interleaved"}, 2), "no-check": (Hogwild, {"check_every": 0}, 2),
     "re-encode": (methods.Reencode, {}, 2), "baseline": (Hogwild, SOLO, 1),
-    "no-early-stop": (Hogwild, SOLO, 1), "self-consistency": (methods.Samples, SOLO, 2),
+    "self-consistency": (methods.Samples, SOLO, 2),
     "vote": (methods.vote, SOLO, 3), "debate": (methods.debate, SOLO, 2),
     **{f"debate-{rounds}": (partial(methods.debate, rounds=rounds), SOLO, 2) for rounds in (3, 4)},
     "skeleton": (methods.skeleton, SOLO, None), "fork-join": (methods.fork_join, SOLO, None)}
@@ -213,8 +214,7 @@ def run_all(todo, what, team, problems, results, bar):
         at_work.append((spec, number, seed))
         row, begun = {"method": spec, "problem": number, "seed": seed, "error": None}, []
         try:
-            row |= yield from evaluate(runs(begun, spec, number, seed), problems[number], what.budgets,
-                                       spec != "no-early-stop")
+            row |= yield from evaluate(runs(begun, spec, number, seed), problems[number], what.budgets)
         except Exception as error:  # whatever it is: one problem of a thousand
             place = extract_tb(error.__traceback__)[-1]
             row |= {"error": f"{type(error).__name__} ({place.name}:{place.lineno}): {error}",
@@ -261,6 +261,26 @@ def run_all(todo, what, team, problems, results, bar):
             if faults >= 5 and faults > len(at_work):  # (others may be about to do better)
                 raise command.Failed(f"{faults} runs in a row failed, so the others would, too: "
                                      f"{row['error']}")
+
+
+# ---------------------------------------------------------------------------------------------- report
+
+def unasked(row):
+    """The row of the same run, if nobody had asked: an answer counts if it was written in time."""
+    answers = {budget: entry if entry["in_time"] else {**entry, "answer": None, "score": 0}
+               for budget, entry in row["answers"].items()}
+    return {**row, "method": "no-early-stop", "answers": answers}
+
+
+def report(header, rows, png=None):
+    """Print the tables of an evaluation, at the budgets that all results have, and draw its curves."""
+    rows = one_each(rows)
+    common = set.intersection(*({*row["answers"]} for row in rows))
+    if not common:
+        raise ValueError("these results have no budget in common: run their command with all budgets")
+    rows += [unasked(row) for row in rows if row["method"] == "baseline"]
+    budgets = sorted(map(int, common))
+    curves.report({**header, "budgets": budgets}, summary(rows, budgets), png)
 
 
 # -------------------------------------------------------------------------------------- the command line

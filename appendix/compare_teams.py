@@ -21,6 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
+from typing import Literal
 
 import numpy as np
 import torch
@@ -59,8 +60,8 @@ ROW = {"problem": int, "method": str, "score": float, "passes": int, "tokens": i
 class Options:
     """The command line."""
 
-    kind: str = option("list", ", ".join(puzzles.KINDS))
-    patterns: str = option("trained", "words of the questions: trained, or held-out")
+    kind: Literal[tuple(puzzles.KINDS)] = option("list", "of problem")
+    patterns: Literal[tuple(puzzles.PATTERNS)] = option("trained", "words of the questions")
     methods: list[str] = option(["hogwild:1", "hogwild:2", "hogwild:4"], ", ".join(METHODS))
     problems: int = option(8, "how many fresh problems")
     batch: int = option(1, "so many share a pass")
@@ -70,9 +71,6 @@ class Options:
 
     def __post_init__(self):
         """Raise ValueError, one sentence, if something makes no sense."""
-        for name, known in (("kind", puzzles.KINDS), ("patterns", puzzles.PATTERNS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} cannot be {getattr(self, name)!r}: {' or '.join(known)}")
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"there is no method {method!r}; choose among {', '.join(METHODS)}")

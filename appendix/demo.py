@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from appendix import adapters, command, engine, models, puzzles, screen, tasks  # noqa: E402
@@ -25,15 +26,13 @@ MOST = 600  # passes
 class Options:
     """What is shown."""
 
-    kind: str = option("list", ", ".join(puzzles.KINDS))
+    kind: Literal[tuple(puzzles.KINDS)] = option("list", "of problem")
     number: int = option(puzzles.NUMBER, "which problem")
     workers: int = option(2, "how many there are in the team")
     plain: bool = option(False, "plain lines instead of the live display")
 
     def __post_init__(self):
         """Raise ValueError, one sentence, if something makes no sense."""
-        if self.kind not in puzzles.KINDS:
-            raise ValueError(f"there is no kind {self.kind!r}; choose one of {', '.join(puzzles.KINDS)}")
         command.at_least(self, number=0, workers=2)
 
 

@@ -25,7 +25,7 @@ generate = import_module("06_generate")
 
 NAMES = protocol.NAMES[:4]  # the team has four members at most
 ANSWER = "\\boxed{"  # is claimed like a part, when none is left
-TIE, RARE, RESULT, DECISION = 8, 6, 4, 3  # how much such tokens count in the loss; others count 1
+TIE, RESULT, DECISION = 8, 6, 3  # how much such tokens count in the loss; others count 1
 SLEEP = 5  # passes
 MOST = 600  # passes; nobody who knows how to do it needs as many
 
@@ -39,10 +39,12 @@ def start(loop, model, tokenizer, puzzle, layout, workers, *others):
 
 @dataclass
 class Board:
-    """What is visible to a member. claimed, checked: labels; now: those that members of earlier name
-    claim in this very pass; done: {label: answer}; found: the race is over."""
+    """What is visible to a member. claimed, checked: labels; needed: those that somebody means to do
+    first; now: those that members of earlier name claim in this very pass; done: {label: answer}; found:
+    the race is over."""
 
     claimed: set = field(default_factory=set)
+    needed: set = field(default_factory=set)
     now: list = field(default_factory=list)
     checked: set = field(default_factory=set)
     done: dict = field(default_factory=dict)
@@ -90,7 +92,8 @@ class Member:
         """Yields (text, how much it counts in the loss), without end."""
         board = self.board
         while True:
-            label = next((label for label in self.order if label not in board.claimed), None)
+            taken = board.claimed | board.needed
+            label = next((label for label in self.order if label not in taken), None)
             finished = [label for label in self.order if label in board.done]
             unchecked = [label for label in finished if label not in board.checked]
             if label and not board.found and board.now and self.slips():
@@ -167,11 +170,11 @@ class Member:
 
     def needed(self, other):
         """` F=35.`, as soon as that is known; ` F first. 7x5=35. F=35.`, if nobody has begun it."""
-        first, part = other not in self.board.claimed, self.puzzle.parts[other]
-        if first:
-            self.tell("claimed", other)
+        part = self.puzzle.parts[other]
+        self.tell("needed", other)
         yield f" {other}", 1
-        if first:
+        if other not in self.board.claimed:
+            self.claim(self.board.claimed, other)
             yield " first", DECISION
             yield ".", 1
             yield from self.lines(part.work)
@@ -221,8 +224,8 @@ class Member:
                     yield from [(" ", 0)] * SLEEP
                     waits = True
                 written[label] = done[label]
-                yield f"{written[label]}", RARE if waits else RESULT
-                yield "}" if label == labels[-1] else ",", RARE
+                yield f"{written[label]}", RESULT
+                yield "}" if label == labels[-1] else ",", RESULT
         yield ".", DECISION
         yield "\n\n", 1
 

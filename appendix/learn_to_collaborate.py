@@ -42,7 +42,7 @@ class Options:
 
 TOKENS = 800  # each process takes whole runs until it has so many; gradients are averaged
 KEEP_EVERY = 20  # steps between two checkpoints
-RATE, WARM_UP = 2e-3, 25
+RATE, WARM_UP = 2e-3, 25  # half the rate, if it begins with an adapter
 GROWING = 0.3  # problems grow to their full size in this share of the steps (of a first training)
 RANK = 16  # of the adapter
 MISTAKES = 0.3  # of the teams that share a list, this share contains one
@@ -51,7 +51,7 @@ SLIPS = 0.4  # how often somebody slips, where one may
 
 # How a run has to be set up for what was learned, and what that is.
 KNOWS = {"settings": {"prompt": "{problem}", "check_every": 0, "greedy": True},
-         "begins": [puzzles.LIST.split("{")[0].split("\\")[0], puzzles.RACE.split("{")[0]],
+         "begins": [puzzles.LIST.split("\\")[0], puzzles.RACE.split("{")[0]],
          "learned": "lists, races and plans like those of appendix/puzzles.py"}
 
 
@@ -115,8 +115,8 @@ def train(folder, seed, steps, start=None):
                 return recording.loss(model, ropes, recordings, frugal=False)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return parameters, loss_of, partial(keep, adapted, folder)
-    training.train(folder, seed, steps, build, "adapter_model.safetensors", RATE, WARM_UP, KEEP_EVERY,
-                   decay=0, also=before)
+    training.train(folder, seed, steps, build, "adapter_model.safetensors", RATE / 2 if start else RATE,
+                   WARM_UP, KEEP_EVERY, decay=0, also=before)
 
 
 def keep(adapted, folder, about):

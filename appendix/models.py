@@ -73,8 +73,7 @@ def free_memory(device):
     """Bytes that nobody uses yet, where this device keeps its tensors."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil  # (accelerate brings it)
-    return psutil.virtual_memory().available
+    return products.available_memory()
 
 
 def processes():

@@ -8,14 +8,15 @@ import os
 
 import numpy as np
 
-from appendix import curves, journal
+from appendix import journal
 
 HEADER = {"model": str, "task": str, "data": (str, None), "budgets": [int]}
-ANSWER = {"answer": (str, None), "score": float, "understood": bool, "passes": int, "tokens": int,
-          "seconds": float}
+ANSWER = {"answer": (str, None), "in_time": bool, "score": float, "understood": bool, "passes": int,
+          "tokens": int, "seconds": float}
 ROW = {"method": str, "problem": int, "seed": int, "error": (str, None), "answers": {str: ANSWER},
        "ending": str, "text": [str]}
-NOTHING = {"answer": None, "score": 0, "understood": False, "passes": 0, "tokens": 0, "seconds": 0.0}
+NOTHING = {"answer": None, "in_time": False, "score": 0, "understood": False, "passes": 0, "tokens": 0,
+           "seconds": 0.0}
 
 
 def key_of(row):
@@ -97,13 +98,3 @@ def figures(rows, budgets):
             "not_understood": given.count(False), "faults": len(rows) - len(final),
             "context": sum(row["ending"] in ("context", "room") for row in rows),
             "passes_to_right": first.mean() if len(first) else None}
-
-
-def report(header, rows, png=None):
-    """Print the tables of an evaluation, at the budgets that all results have, and draw its curves."""
-    rows = one_each(rows)
-    common = set.intersection(*({*row["answers"]} for row in rows))
-    if not common:
-        raise ValueError("these results have no budget in common: run their command with all budgets")
-    budgets = sorted(map(int, common))
-    curves.report({**header, "budgets": budgets}, summary(rows, budgets), png)

@@ -32,14 +32,14 @@ from rich.progress import track
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from appendix import command, compare_teams, journal, models, protocol, recording, training  # noqa: E402
+from appendix import command, compare_teams, journal, models, recording, training  # noqa: E402
 from appendix.command import option  # noqa: E402
+from appendix.ideal_team import MOST, NAMES, start  # noqa: E402
 
 query_rotation = import_module("04_query_rotation")
 generate = import_module("06_generate")
 
 TEAM = Path(__file__).resolve().parent / "team"  # the trained model
-NAMES = protocol.NAMES[:4]  # the model knows these four
 
 
 @dataclass
@@ -63,7 +63,6 @@ def chain(number):
 
 
 LABELS = [f"{letter}:" for letter in "ABCDEFGHIJ"]
-MOST = 300  # passes; nobody who knows the task needs half as many
 DONE = [f"{rank} done" for rank in range(1, len(NAMES) + 1)]  # claimed when no number is left
 ROUNDS = {start: len(chain(start)) - 1 for start in range(10, 100) if 3 <= len(chain(start)) - 1 <= 10}
 
@@ -124,13 +123,6 @@ def ideal(puzzle, me, steps, past):
 def carried(words):
     """The sum that a worker carries along: it stands in the word that ended the step before this one."""
     return int(words[0][-4]) if words[0].startswith(", sum") else 0  # the digit before `.\n\n`
-
-
-def start(loop, model, tokenizer, puzzle, layout, workers, *arguments):
-    """A run of chapter 6 on a puzzle, each word the likeliest."""
-    settings = generate.Settings(NAMES[:workers], layout, max_passes=MOST, check_every=0, greedy=True,
-                                 prompt="{problem}")
-    return loop(model, tokenizer, puzzle.text, settings, *arguments)
 
 
 def play(model, tokenizer, puzzle, layout, workers):

@@ -154,7 +154,7 @@ EVENTS = st.one_of(st.just([]), st.lists(st.tuples(
     st.integers(0, 29), st.sampled_from(["say", "add", "dismiss"])), min_size=1, max_size=6))
 
 
-def evaluated(runs, budgets, early_stop=True):
+def evaluated(runs, budgets):
     """What chapter 7's `evaluate` returns for runs that have a cache of their own, each."""
     current = []
 
@@ -162,7 +162,7 @@ def evaluated(runs, budgets, early_stop=True):
         for run in runs:
             current[:] = [run]
             yield run
-    job = import_module("07_eval_limo").evaluate(remembered(), {"answers": ["7"]}, budgets, early_stop)
+    job = import_module("07_eval_limo").evaluate(remembered(), {"answers": ["7"]}, budgets)
     return batching.alone(job, lambda groups: [current[0].fed(*groups)])
 
 

@@ -46,7 +46,7 @@ def without_loading(smollm):  # (loaded before models.load is another function)
 PLAIN = ["--model", models.BUNDLED, "--task", "own"]
 ARGUMENTS = [*PLAIN, "--methods", "baseline", "hogwild:2", "--budgets", "2", "4", "--limit", "4",
              "--seeds", "0", "1", "--device", "cpu", "--out"]
-SHORT = [*PLAIN, "--methods", "baseline", "no-early-stop", "--budgets", "1", "2", "--limit", "2",
+SHORT = [*PLAIN, "--methods", "baseline", "self-consistency:1", "--budgets", "1", "2", "--limit", "2",
          "--device", "cpu", "--answer-tokens", "1", "--batch", "1", "--out"]
 
 
@@ -437,9 +437,14 @@ def test_processes_share_the_problems_or_the_model(smollm, tmp_path):
     assert len(texts[0]) == 4 and texts[0] == texts[1] == texts[2]
 
 
-def test_nothing_is_asked_of_no_early_stop(calm):
-    """On the command line, too: what was not written in time is no answer; the baseline has one."""
-    given = {row["method"]: [entry["answer"] for entry in row["answers"].values()]
-             for row in lines_of(calm)}
-    assert given["no-early-stop"] == [None, None]
-    assert all(isinstance(answer, str) for answer in given["baseline"])
+def test_what_was_written_unasked(calm, capsys):
+    """The report says of the baseline's own run what it had written in time, without a run more."""
+    rows = [{**row, "seconds": 0.0} for row in lines_of(calm) if row["method"] == "baseline"]
+    for row, entry in ((row, entry) for row in rows for entry in row["answers"].values()):
+        assert isinstance(entry["answer"], str) and not entry["in_time"]
+        entry.update(in_time=row is rows[0], score=1, seconds=0.0)
+    some = calm.with_name("some.jsonl")
+    some.write_text("\n".join([calm.read_text().split("\n")[0], *map(json.dumps, rows), ""]))
+    assert len(rows) == 2 and call(["--report", str(some)]) == 0
+    shown = re.findall(r"^ +(\S+) +2 +(\d+%)", capsys.readouterr().out, re.MULTILINE)
+    assert shown == [("baseline", "100%"), ("no-early-stop", "50%")]

@@ -225,7 +225,7 @@ def test_every_method_is_what_it_says(toy):
     expected = {"hogwild:3": ("combined", 3, 128), "hogwild:1": ("combined", 1, 128),
                 "contiguous": ("contiguous", 2, 128), "interleaved:4": ("interleaved", 4, 128),
                 "no-check": ("combined", 2, 0), "re-encode:16": ("combined", 16, 128),
-                "baseline": ("independent", 1, 128), "no-early-stop": ("independent", 1, 128),
+                "baseline": ("independent", 1, 128),
                 "self-consistency:5": ("independent", 5, 128)}
     for spec, what in expected.items():
         run, = start(spec, toy, max_passes=4, check_every=128)
@@ -235,10 +235,9 @@ def test_every_method_is_what_it_says(toy):
         assert run.layout.headers == opening.startswith("**Alice [1]:**")
         assert isinstance(run, methods.Reencode) == (spec == "re-encode:16")
         assert isinstance(run, methods.Samples) == (spec == "self-consistency:5")
-    result = evaluated(start("no-early-stop", toy, max_passes=4), [2, 4], False)
-    assert result["answers"]["4"]["answer"] is None
     result = evaluated(start("baseline", toy, max_passes=4), [2, 4])
     assert isinstance(result["answers"]["4"]["answer"], str)
+    assert evaluation.unasked({**result, "method": "baseline"})["answers"]["4"]["answer"] is None
     assert [evaluation.method(spec)[0] for spec in ("hogwild", "hogwild:4", "baseline:1", "skeleton",
             "skeleton:1")] == ["hogwild:2", "hogwild:4", "baseline", "skeleton", "skeleton:1"]
     for spec in ("hogwilde", "hogwild:0", "hogwild:17", "baseline:2"):
@@ -275,22 +274,21 @@ def scripted(run, logits):
     return tokens
 
 
-METHODS = ["hogwild:2", "self-consistency:2", "baseline", "no-early-stop", "skeleton:2", "skeleton"]
+METHODS = ["hogwild:2", "self-consistency:2", "baseline", "skeleton:2", "skeleton"]
 
 
 @settings(max_examples=14, deadline=None)
 @given(st.sampled_from(METHODS), st.sets(st.integers(1, 16), min_size=1, max_size=4),
        st.integers(0, 10**6))
-@example("no-early-stop", {3, 14}, 3)
+@example("baseline", {3, 14}, 3)
 def test_an_answer_does_not_depend_on_other_budgets(toy, spec, budgets, seed):
-    """Random words, boxes, ends of text: asked at all passes or at some, each answer is the same;
-    what is
-    over stays as it is."""
-    early, some = spec != "no-early-stop", sorted(budgets)
+    """Random words, boxes, ends of text: asked at all passes or at some, each answer is the same, and
+    written in time or not; what is over stays as it is."""
+    some = sorted(budgets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate.Hogwild, "sample", scripted)
         told = {"seed": seed, "answer_tokens": 2}
-        every, few = (evaluated(start(spec, toy, max_passes=asked[-1], **told), asked, early)
+        every, few = (evaluated(start(spec, toy, max_passes=asked[-1], **told), asked)
                       for asked in (list(range(1, 17)), some))
 
     def at(result, budget):
@@ -299,13 +297,12 @@ def test_an_answer_does_not_depend_on_other_budgets(toy, spec, budgets, seed):
     for budget in some:
         assert at(few, budget) == at(every, budget)
         assert at(few, budget)["passes"] == min(budget, every["passes"])
-    if early:
-        assert all(isinstance(entry["answer"], str) for entry in every["answers"].values())
+    assert all(isinstance(entry["answer"], str) for entry in every["answers"].values())
 
 
 def result(method, number, scores, seed=0, **others):
     """A row as evaluations have them, asked at 10 and 20 passes."""
-    entry = {"understood": True, "answer": "7"}
+    entry = {"understood": True, "answer": "7", "in_time": number > 0}
     answers = {str(b): {**entry, "score": s, "seconds": b / 10, "passes": b, "tokens": 3 * b}
                for b, s in zip((10, 20), scores or ())}
     fault = {} if scores else {"answers": {b: evaluation.NOTHING for b in ("10", "20")}, "error": "x"}
@@ -372,13 +369,16 @@ def test_the_tables(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "FEW", 3)
     monkeypatch.setattr(Axes, "errorbar", lambda *what, **how: drawn.append(what) or bars(*what, **how))
     evaluation.report(header, RESULTS, str(tmp_path / "x.png"))
-    assert [list(x) for _, x, *_ in drawn] == [[10, 20]] * 2 + [[30, 60]] * 2 + [[1, 2]] * 2
+    assert [list(x) for _, x, *_ in drawn] == [[10, 20]] * 3 + [[30, 60]] * 3 + [[1, 2]] * 3
     lows = [y - down for _, _, y, (down, _), _ in drawn[:2]]
     assert np.allclose(lows, [[0, 0.0615], [0.0615, 0.2077]], atol=1e-4)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["hogwild:2", "3", "33%", "(6%–79%)", "67%", "(21%–94%)"] in lines
     assert ["hogwild:2", "+33%", "(+0%", "–", "+100%)", "–", "15", "0", "0", "1", "0"] in lines
     assert ["baseline", "–", "–", "20", "0", "0", "0", "0"] in lines
+    # What the baseline had written in time: its right answer to problem 0 was not.
+    assert ["no-early-stop", "3", "0%", "(0%–56%)", "0%", "(0%–56%)"] in lines
+    assert ["no-early-stop", "-33%", "(-100%", "–", "+0%)", "–", "–", "1", "0", "0", "0"] in lines
     assert not any("\x1b" in word for line in lines for word in line)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 

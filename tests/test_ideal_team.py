@@ -143,7 +143,7 @@ def test_an_answer_goes_on_as_soon_as_it_can():
     said = [*sleeper]
     assert "".join(text for text, _ in said) == "\\boxed{7,           8, 9}.\n\n"
     assert [text for text, weight in said if weight == 0] == [" "] * 10
-    assert [text for text, weight in said if weight == ideal_team.RARE] == [",", "8", ",", "}"]
+    assert [text for text, weight in said if weight == ideal_team.RESULT] == [*"7,8,9}"]
 
 
 def test_step_wise_members_begin_at_different_places():

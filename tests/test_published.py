@@ -217,15 +217,19 @@ def encoded_anew(toy, names, prompt, records):
 
 def test_early_stop_and_none(toy, monkeypatch):
     """At each budget: the box that stands in the first so many tokens; or else what `generate` concludes
-    behind them, and without early stop nothing."""
+    behind them, which without early stop is nothing."""
     words = "We add 3 and 4.\n\nThat makes \\boxed{7} in all.\n\nReally."
     monkeypatch.setattr(generate.Hogwild, "sample", lambda run, _: [ids_of(words)[len(run.passes)]])
     budgets = list(range(1, len(ids_of(words)), 3))
-    for spec in ("baseline", "no-early-stop"):
-        found = evaluated(start(toy, spec, max_passes=budgets[-1]), budgets, spec == "baseline")
-        for budget in budgets:
-            ids = ids_of(words)[:budget]
-            boxes = re.findall(r"\\boxed\{(.*?)\}", toy[1].decode(ids))
-            late = asked(toy, chat(toy, QUESTION + TASK) + ids) if spec == "baseline" else None
-            assert found["answers"][str(budget)]["answer"] == (boxes or [late])[0]
-    assert boxes
+    found = evaluated(start(toy, "baseline", max_passes=budgets[-1]), budgets)
+    unasked = evaluation.unasked({**found, "method": "baseline"})
+    assert unasked["method"] == "no-early-stop" and {**found, **unasked}.keys() == unasked.keys()
+    for budget in budgets:
+        ids, entries = ids_of(words)[:budget], [row["answers"][str(budget)] for row in (found, unasked)]
+        boxes = re.findall(r"\\boxed\{(.*?)\}", toy[1].decode(ids))
+        late = asked(toy, chat(toy, QUESTION + TASK) + ids)
+        assert entries[0]["answer"] == (boxes or [late])[0] and entries[0]["in_time"] == bool(boxes)
+        assert entries[1]["answer"] == (boxes or [None])[0]
+        assert entries[1]["score"] == bool(boxes)
+        assert entries[1]["passes"] == entries[0]["passes"] <= budget
+    assert boxes and late

@@ -130,8 +130,7 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
         "evaluate": [
             ("if passes in budgets:", "if passes in budgets[:1]:"),
             ("for budget in budgets if budget > passes]", "for budget in budgets if budget < passes]"),
-            ("answer = (yield from run.asking()) if early_stop else run.written_answer()",
-             "answer = yield from run.asking()"),
+            ("in_time, answer = run.written_answer() is not None, ", "in_time, answer = True, "),
             ('tokens + len(record["sampled"])', "tokens + 1"),
             ("answers[str(passes)] = yield from asked(run)\n",
              "answers[str(passes)], passes = (yield from asked(run)), passes + 1\n")],
