@@ -92,6 +92,8 @@ def prepared(options, team=None):
     use_device(device)
     if torch.device(device).type == "cpu":  # leave a core to others: a thread that waits makes all wait
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+        if options.attention == "triton" and "TRITON_INTERPRET" not in os.environ:
+            raise ValueError("--attention triton needs a GPU; without one, leave it out")
     others = {}
     if options.tensor_parallel:
         if not team:

@@ -62,6 +62,7 @@ WRONG = {
     "view": (["--prompt", str(ROOT / "appendix/protocol.py"), "--layout", "independent"], "{view}"),
     "bell": (["--colour\x07"], "\ufffd"), "attention": (["--attention", "flash"], "attention"),
     "tensor": (["--tensor-parallel"], "torchrun"), "bytes": (["\udcff"], "UTF-8"),
+    "triton": (["--device", "cpu", "--attention", "triton"], "needs a GPU"),
 }
 
 
@@ -69,6 +70,7 @@ WRONG = {
 def test_wrong_input_is_refused_in_one_sentence(case, capsys, monkeypatch):
     """Exit code 2, one line on standard error that names the fault, before any weights are read."""
     arguments, word = WRONG[case]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(models, "from_folder", lambda *_, **__: pytest.fail("a model was loaded"))
     before = open(__file__, "rb").read()
     code, captured = call(generate.main, arguments), capsys.readouterr()
