@@ -246,8 +246,7 @@ def main(argv=None):
     table = measure(options, console)
     report(table, options.batch == 1, console)
     if options.png:
-        name = Path(options.model).name
-        draw(options.png, f"{name} on {options.kind}s that it has not seen", table)
+        draw(options.png, f"{Path(options.model).name} on {options.kind}s that it has not seen", table)
     return 0
 
 

@@ -114,16 +114,20 @@ def train(folder, seed, steps, start=None):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=fast):
                 return recording.loss(model, ropes, recordings, frugal=False)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return parameters, loss_of, partial(keep, adapted, folder)
+        begun = [parameter.detach().clone() for parameter in parameters] if start else parameters
+        return parameters, loss_of, partial(keep, adapted, folder, parameters, begun)
     training.train(folder, seed, steps, build, "adapter_model.safetensors", RATE / 2 if start else RATE,
                    WARM_UP, KEEP_EVERY, decay=0, also=before)
 
 
-def keep(adapted, folder, about):
-    """Save the adapter in bfloat16, and what one has to know about it."""
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
+def keep(adapted, folder, parameters, begun, about):
+    """Save the adapter in bfloat16, and what one has to know about it.
+
+    A training that began with an adapter ends half-way between the two: what both can do stays, and the
+    noise of the last lessons does not (Wortsman et al., 2022, average fine-tuned weights likewise).
+    """
+    for parameter, before in zip(parameters, begun):
+        parameter.data = parameter.data.lerp(before, 0.5).bfloat16()
     adapted.peft_config["default"].base_model_name_or_path = models.BUNDLED
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink()  # a form to fill in

@@ -161,7 +161,7 @@ EVALUATE = [
     ("an outline of 256 passes", METHODS, "max_passes=128", "max_passes=256",
      [EVAL, "-k", "skeleton_of_thought"]),
     ("faults are not counted as wrong", RESULTS,
-     'NOTHING = {"answer": None, "score": 0,', 'NOTHING = {"answer": None, "score": 1,',
+     '"in_time": False, "score": 0,', '"in_time": False, "score": 1,',
      [EVAL, "-k", "figures"]),
     ("what failed is not tried again", RESULTS,
      'return not row["error"] and {*map(str, budgets)}', "return {*map(str, budgets)}",
@@ -192,9 +192,9 @@ EVALUATE = [
     ("an unpaired difference", CURVES, "pairs = np.subtract(scores, baseline)",
      "pairs = np.subtract(scores, np.sort(baseline))", [EVAL, "-k", "differences"]),
 ]
-PUZZLES, TEAM, TRAINING, ADAPTERS, COMPARE, MOVED, DEMO = (
-    f"appendix/{name}.py" for name in ("puzzles", "ideal_team", "training", "adapters",
-                                       "compare_teams", "moved_steps", "demo"))
+PUZZLES, TEAM, LEARN, TRAINING, ADAPTERS, COMPARE, MOVED, DEMO = (
+    f"appendix/{name}.py" for name in ("puzzles", "ideal_team", "learn_to_collaborate", "training",
+                                       "adapters", "compare_teams", "moved_steps", "demo"))
 TEACHING = [
     ("what is tested is trained on", PUZZLES, 'if for_tests(name, numbers) == (use == "test") and',
      "if", tests("puzzles", "nothing_is_trained_on")),
@@ -204,7 +204,7 @@ TEACHING = [
      tests("methods", "beside_the_writer")),
     ("a race with two winners", PUZZLES, "if part.answer != winner.answer:", "if True:",
      tests("puzzles", "words_say")),
-    ("the others' claims are not seen", TEAM, "if label not in board.claimed), None)",
+    ("the others' claims are not seen", TEAM, "if label not in taken), None)",
      "if label not in board.done), None)", tests("ideal_team", "nothing_twice")),
     ("whoever is free in the same pass claims the same", TEAM, "            among.add(label)",
      "            pass", tests("ideal_team", "nothing_twice")),
@@ -222,6 +222,8 @@ TEACHING = [
      tests("learn_to_collaborate", "two_processes")),
     ("a stopped training begins with other lessons", TRAINING, 'random.Random(f"{seed} {step} {rank}")',
      'random.Random(f"{seed} {step - begun} {rank}")', tests("learn_to_collaborate", "goes_on")),
+    ("a training that forgets what it began with", LEARN, ".lerp(before, 0.5)", "",
+     tests("learn_to_collaborate", "half_way")),
     ("an adapter that is not added", ADAPTERS, ".merge_and_unload()", ".unload()",
      tests("adapters", "merged")),
     ("passes are counted per run", COMPARE, 'figures["passes"] += 1',

@@ -24,8 +24,8 @@ def runs(tmp_path):
     """A file of chapter 7 with a few methods and two problems."""
     path = tmp_path / "eval.jsonl"
     header = {"model": "m", "task": "own", "data": None, "budgets": [4]}
-    answer = {"4": {"answer": "1", "score": 0.0, "understood": True, "passes": 4, "tokens": 4,
-                    "seconds": 1.0}}
+    answer = {"4": {"answer": "1", "in_time": False, "score": 0.0, "understood": True,
+                    "passes": 4, "tokens": 4, "seconds": 1.0}}
     with journal.Journal(str(path), "evaluation", header, results.ROW) as out:
         for method, texts in (("hogwild:2", ["I add.", "I see you add."]), ("baseline", ["alone"]),
                               ("interleaved:2", ["I wait.", "So do I."]),

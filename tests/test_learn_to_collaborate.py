@@ -136,6 +136,28 @@ def test_a_training_begins_with_an_adapter(small, tmp_path, monkeypatch, capsys)
     assert "no folder of an adapter" in capsys.readouterr().err
 
 
+def test_it_ends_half_way_between_two_adapters(small, tmp_path, monkeypatch):
+    """The one that it began with, and the one that it became."""
+    learn.train(tmp_path / "first", 0, 4)
+    keep, became = learn.keep, {}
+
+    def spy(adapted, *others):
+        became.update((name, weight.detach().clone()) for name, weight in adapted.named_parameters()
+                      if weight.requires_grad)
+        keep(adapted, *others)
+    monkeypatch.setattr(learn, "keep", spy)
+    learn.train(tmp_path / "second", 1, 4, str(tmp_path / "first"))
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors")
+                     for name in ("first", "second"))
+    moved = 0
+    for name, weight in became.items():
+        name = name.replace(".default", "")
+        wanted = (first[name].float() + weight) / 2
+        assert torch.allclose(second[name].float(), wanted, rtol=0.01, atol=1e-5)
+        moved += (wanted - weight).abs().max() > 0.01
+    assert moved > len(became) / 2 and len(became) == len(second)
+
+
 def test_two_processes_average_their_gradients(small, tmp_path, monkeypatch):
     """Under torchrun, each draws lessons of its own; the weights are those of one with both losses."""
     (tmp_path / "script.py").write_text(SCRIPT)
