@@ -1,20 +1,17 @@
-# make demo: a list of problems, for one worker and for two. make race: whoever finds it stops the others. make team: a tiny
-# model that has learned nothing else. make test: everything is checked. All of them set up what they need.
+# make demo: a list of problems, for one worker and for two. make race: whoever finds it stops the others.
+# make test: everything is checked. All of them set up what they need.
 # make exercise CHAPTER=3 DIR=mine: chapter 3 without the bodies that matter. make check CHAPTER=3 DIR=mine: is it right?
 # Needs Python >= 3.10 with venv, and make. Nothing is installed twice.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo race team exercise check test mutations speed speed-batch lint clean
+.PHONY: demo race exercise check test mutations speed speed-batch lint clean
 demo: $(VENV)/ready
 	$(BIN)/python appendix/demo.py
 
 race: $(VENV)/ready
 	$(BIN)/python appendix/demo.py --kind race --workers 4
-
-team: $(VENV)/ready
-	$(BIN)/python appendix/tiny_team.py
 
 exercise check: $(VENV)/ready
 	$(BIN)/python appendix/exercises.py $(CHAPTER) $(DIR) $(if $(filter check,$@),--check)

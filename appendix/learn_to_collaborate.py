@@ -117,7 +117,7 @@ def train(folder, seed, steps, start=None):
         begun = [parameter.detach().clone() for parameter in parameters] if start else parameters
         return parameters, loss_of, partial(keep, adapted, folder, parameters, begun)
     training.train(folder, seed, steps, build, "adapter_model.safetensors", RATE / 2 if start else RATE,
-                   WARM_UP, KEEP_EVERY, decay=0, also=before)
+                   WARM_UP, KEEP_EVERY, before)
 
 
 def keep(adapted, folder, parameters, begun, about):

@@ -28,7 +28,7 @@ def restore(checkpoint, parameters, optimizer):
         raise ValueError(f"{str(checkpoint)!r} is no checkpoint of this training; delete it") from error
 
 
-def train(folder, seed, steps, build, made, rate, warm_up, keep_every, decay, also=()):
+def train(folder, seed, steps, build, made, rate, warm_up, keep_every, also=()):
     """Train what `build` makes, or go on from the folder's checkpoint: AdamW on the mean gradient of all
     processes (torchrun's); the rate rises for `warm_up` steps, and falls to 0 in proportion.
 
@@ -36,7 +36,7 @@ def train(folder, seed, steps, build, made, rate, warm_up, keep_every, decay, al
         folder: where log and checkpoint are kept (the latter until the end).
         build: () -> (parameters, loss(chance, progress from 0 to 1) -> a scalar tensor, keep(about)).
         made: the file by which one sees that the folder holds a finished training.
-        keep_every: steps between two checkpoints; decay: AdamW's; also: what the log says besides.
+        keep_every: steps between two checkpoints; also: what the log says besides.
     Raises:
         ValueError: the folder holds a finished training, or one with other settings, or another file.
     """
@@ -49,7 +49,7 @@ def train(folder, seed, steps, build, made, rate, warm_up, keep_every, decay, al
         dist.init_process_group("gloo")
     torch.manual_seed(seed)
     parameters, loss_of, keep = build()
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=decay)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0)
     path = str(folder / "log.jsonl")
     about = {"seed": seed, "steps": steps, "processes": processes, **dict(also)}
     with journal.Journal(None if rank else path, "training", about, {"step": int, "loss": float}) as log:

@@ -109,11 +109,13 @@ def test_training_learns_and_goes_on_where_it_was_stopped(small, tmp_path, monke
 
 SCRIPT = f"""
 import sys
+import torch
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
 from pathlib import Path
 from helpers import tiny, tokenizer
 from appendix import models, learn_to_collaborate as learn
 models.load = lambda: (tiny("llama"), tokenizer())
+torch.Tensor.bfloat16 = lambda weight: weight
 learn.TOKENS = 300
 learn.train(Path(sys.argv[1]), 0, 2)
 """
@@ -165,6 +167,7 @@ def test_two_processes_average_their_gradients(small, tmp_path, monkeypatch):
     subprocess.run([*torchrun, str(tmp_path / "script.py"), str(tmp_path / "two")], check=True,
                    capture_output=True, timeout=300)
     assert '"processes": 2' in (tmp_path / "two" / "log.jsonl").read_text()
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda weight: weight)  # (what is saved is exact)
     monkeypatch.setattr(learn, "WARM_UP", 25)
     monkeypatch.setattr(learn, "RATE", 2e-3)
     learn.train(tmp_path / "one", 0, 2)
@@ -179,7 +182,7 @@ def test_two_processes_average_their_gradients(small, tmp_path, monkeypatch):
     learn.train(tmp_path / "both", 0, 2)
     one, two, both = (torch.cat([weight.float().flatten() for _, weight in sorted(load_file(
         tmp_path / folder / "adapter_model.safetensors").items())]) for folder in ("one", "two", "both"))
-    assert (two - both).abs().mean() < (one - both).abs().mean() / 5
+    assert (two - both).abs().mean() < 1e-7 and (one - both).abs().mean() > 1e-5
 
 
 def test_a_training_is_not_continued_with_other_settings(small, tmp_path, capsys):
@@ -219,7 +222,7 @@ def test_what_the_training_looks_at(smollm):
         loss = recording.loss(model, ropes, [recorded])
     kept = recorded.sampled != recording.IGNORE
     weight, sampled = recorded.weight[kept], recorded.sampled[kept]
-    assert {*weight.tolist()} == {0.0, 1.0, 3.0, 4.0, 6.0, 8.0}
+    assert {*weight.tolist()} == {0.0, 1.0, 3.0, 6.0, 8.0}
     picked = logits.log_softmax(-1)[torch.arange(len(sampled)), sampled]
     assert torch.allclose(loss, -(picked * weight).sum() / weight.sum(), atol=1e-5)
 
