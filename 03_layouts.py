@@ -134,6 +134,9 @@ def fill_tables(writers, rows=None):  # exercise
             own block last (and nowhere else in it), and its number of new tokens, which are reserved
             already. The N tokens are packed in this order.
         rows: rows that were numbered before, see number_rows; new blocks get further ones, in place.
+            (An empty dict is filled in place, too.)
+    Returns:
+        Tables, with these `writers`.
     """
     rows = number_rows([view for view, _ in writers], {} if rows is None else rows)
     total = sum(count for _, count in writers)  # N

@@ -39,6 +39,11 @@ def team(workers, layout):
     return cache, letters, history, own, words
 
 
+def same(name, yours, right):
+    """Equal; or else it is said which of both is the student's."""
+    assert yours == right, f"{name}: yours is {yours}, right is {right}"
+
+
 def views_of(layout, history, own, words, final=False):
     """The view of every worker."""
     lay_out = layout.final_view if final else layout.view
@@ -155,21 +160,33 @@ def test_a_pass_by_hand():
     views = views_of(chapter.LAYOUTS["contiguous"], history, [alice, bob], {})
     rows = chapter.number_rows([[history, alice, bob]], {})
     tables = chapter.fill_tables(list(zip(views, (2, 1))), rows)
-    assert tables.start.tolist() == [0, 100, 200]
-    assert tables.position.tolist() == [3, 4, 2]
+    same("start", tables.start.tolist(), [0, 100, 200])
+    same("position", tables.position.tolist(), [3, 4, 2])
     # Alice is at distance 10 + 3 from the history's place, Bob at 10 + 5
-    assert tables.offset.tolist() == [[13, 13, 15], [0, 0, 5], [3, 3, 0]]
-    assert tables.visible.tolist() == [[10, 10, 10], [4, 5, 5], [3, 3, 3]]  # Bob sees all of Alice's
+    same("offset", tables.offset.tolist(), [[13, 13, 15], [0, 0, 5], [3, 3, 0]])
+    same("visible", tables.visible.tolist(), [[10, 10, 10], [4, 5, 5], [3, 3, 3]])  # Bob sees all hers
+
+
+def test_what_was_given_by_hand_is_kept():
+    """An empty dict is filled in place, like any other; and the tables know their writers."""
+    history, alice = shared_cache.Block(0, 100, 10), shared_cache.Block(100, 100, 5)
+    writers, rows = [([history, alice], 2)], {}
+    tables = chapter.fill_tables(writers, rows)
+    assert rows == {(history, 0): 0, (alice, 0): 1}, f"`rows` was {{}} and is now {rows}"
+    assert tables.writers == writers, "the tables lack `writers`, what they were filled from"
 
 
 def test_a_block_that_stands_twice_by_hand():
     """Dots of one token after each of two others' steps: a row each, at their own distances."""
+    counted = [("H", 0), ("b", 0), (".", 0), ("c", 0), (".", 1), ("a", 0)]
+    same("occurrences of the view H b . c . a", [*chapter.occurrences("Hb.c.a")], counted)
     history, mine, bob, carol, dots = (shared_cache.Block(start, 100, length) for start, length in (
         (0, 10), (100, 1), (200, 3), (300, 4), (400, 1)))
     tables = chapter.fill_tables([([history, bob, dots, carol, dots, mine], 1)])
-    assert tables.start.tolist() == [0, 200, 400, 300, 400, 100]
-    assert tables.offset.tolist() == [[19], [9], [6], [5], [1], [0]]
-    assert tables.visible.tolist() == [[10], [3], [1], [4], [1], [1]] and tables.position.tolist() == [0]
+    same("start", tables.start.tolist(), [0, 200, 400, 300, 400, 100])
+    same("position", tables.position.tolist(), [0])
+    same("offset", tables.offset.tolist(), [[19], [9], [6], [5], [1], [0]])
+    same("visible", tables.visible.tolist(), [[10], [3], [1], [4], [1], [1]])
 
 
 @pytest.mark.parametrize("name, workers", VIEWS)
@@ -178,7 +195,8 @@ def test_layouts_are_those_of_the_paper(name, workers):
     layout = chapter.LAYOUTS[name]
     _, letters, history, own, words = team(workers, layout)
     views = views_of(layout, history, own, words)
-    assert ["".join(letters[block] for block in view) for view in views] == VIEWS[name, workers]
+    spelled = ["".join(letters[block] for block in view) for view in views]
+    same(f"views of the layout {name} for {workers} workers", spelled, VIEWS[name, workers])
     assert [view[-1] for view in views] == own  # the own block is the last
     assert all(view.count(block) == 1 for view, block in zip(views, own))
     assert layout.moves == (name in ("combined", "interleaved"))
@@ -191,11 +209,24 @@ def test_the_final_view_is_over_everything(name, workers):
     layout."""
     layout = chapter.LAYOUTS[name]
     _, letters, history, own, words = team(workers, layout)
-    separators = {">": 1, "<": 1, ".": workers - 1} if workers > 1 else {"<": 1}
-    everything = Counter("H" + "abcde"[:workers]) + Counter(separators if name == "combined" else {})
+    separators = "." * (workers - 1) + "<" + ">" * (workers > 1) if name == "combined" else ""
     for block, view in zip(own, views_of(layout, history, own, words, final=True), strict=True):
-        assert view[0] is history and view[-1] is block
-        assert Counter(letters[one] for one in view) == everything
+        spelled, me = "".join(letters[one] for one in view), letters[block]
+        others = [letter for letter in "abcde"[:workers] if letter != me]
+        about = f"final view of {me} in the layout {name} with {workers} workers: yours is {spelled!r}"
+        assert spelled[0] == "H" and spelled[-1] == me, f"{about}, which is not from H to {me}"
+        between = sorted([*separators, *others])
+        assert sorted(spelled[1:-1]) == between, f"{about}; between H and {me} belong {between}"
+
+
+def test_the_final_view_of_a_layout_that_lacks_words():
+    """With some separators, but not all of `combined`: no words, as in `contiguous`."""
+    for some in (("own",), ("others", "own"), ("own", "dots")):
+        layout = chapter.Layout(chapter.interleaved, moves=True, words=some)
+        _, letters, history, own, words = team(2, layout)
+        spelled = ["".join(letters[block] for block in view)
+                   for view in views_of(layout, history, own, words, final=True)]
+        same(f"final views of a layout with the words {some}", spelled, ["Hba", "Hab"])
 
 
 @pytest.mark.parametrize("workers, names", [(1, ["own"]), (2, ["others", "dots", "own"]),

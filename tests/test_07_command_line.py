@@ -440,7 +440,7 @@ def test_processes_share_the_problems_or_the_model(smollm, tmp_path):
 def test_what_was_written_unasked(calm, capsys):
     """The report says of the baseline's own run what it had written in time, without a run more."""
     rows = [{**row, "seconds": 0.0} for row in lines_of(calm) if row["method"] == "baseline"]
-    for row, entry in ((row, entry) for row in rows for entry in row["answers"].values()):
+    for row, entry in ((one, entry) for one in rows for entry in one["answers"].values()):
         assert isinstance(entry["answer"], str) and not entry["in_time"]
         entry.update(in_time=row is rows[0], score=1, seconds=0.0)
     some = calm.with_name("some.jsonl")

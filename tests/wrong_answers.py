@@ -22,7 +22,8 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
             ("x1, x2, kept = x.split([half, half, rest], -1)",
              "x1, x2, kept = x[..., :2 * half:2], x[..., 1:2 * half:2], x[..., 2 * half:]"),
             ("rotated = [kept, *rotated] if rotates_last else", "rotated ="),
-            ("kept = kept.expand(*rotated[0].shape[:-1], rest)", "kept = kept * cos[..., :1]")],
+            ("kept = kept.expand(*rotated[0].shape[:-1], rest)", "kept = kept * cos[..., :1]"),
+            ("    if rest:\n", "    if False:\n")],
         "shift": [
             ("cos, sin, rope.rotates_last).to(", "cos, -sin, rope.rotates_last).to("),
             ("return rotate(keys.float()", "return rope.attention_scaling * rotate(keys.float()"),
@@ -59,8 +60,12 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
             ('words["own"], own]', "own]")],
         "Layout.final_view": [
             ("return (combined if known else contiguous)(", "return contiguous("),
-            ("return (combined if known else contiguous)(", "return self.view(")],
-        "occurrences": [("        before[block] += 1", "        before[block] = 1")],
+            ("return (combined if known else contiguous)(", "return self.view("),
+            ("(combined if known else contiguous)(", "(combined if self.words else contiguous)(")],
+        "occurrences": [
+            ("        before[block] += 1", "        before[block] = 1"),
+            ("yield block, before[block]\n        before[block] += 1",
+             "before[block] += 1\n        yield block, before[block]")],
         "fill_tables": [
             ("visible[row, new] = position[new] + 1", "visible[row, new] = position[new]"),
             ("visible[row, new] = position[new] + 1", "visible[row, new] = own.length"),
@@ -68,7 +73,9 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
             ("row = rows[block, before]", "row = rows[block, 0]"),
             ("np.arange(own.length - count, own.length)", "np.arange(own.length, own.length + count)"),
             ("        n += count", "        n += 1"),
-            ("place += block.length", "place += block.capacity")]},
+            ("place += block.length", "place += block.capacity"),
+            ("{} if rows is None else rows", "rows or {}"),
+            ("(position, offset, visible)), writers)", "(position, offset, visible)))")]},
     "4": {
         "attention_spec": [
             ("-offset, rotation)", "offset, rotation)"),
