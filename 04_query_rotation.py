@@ -44,7 +44,7 @@ def attention_spec(q, k, v, tables, rotation, scale, window=None):  # exercise
         scale: factor on the scores.
         window: a sliding window; a key is seen at distances 0 ... window - 1. None: no limit.
     Returns:
-        [Hq, N, Dv] in the dtype of q.
+        [Hq, N, Dv] in the dtype of q. The arithmetic is float32.
     """
     outputs = []
     for n in range(q.shape[1]):
@@ -171,7 +171,7 @@ def hook(module, query, key, value, attention_mask, scaling=None, sliding_window
 
 def run_by_run(q, k, v, tables, *rest, function=attention):  # exercise
     """`attention` in a pass of several runs, each with its own Tables, of the list `tables`: strangers
-    share weights, not scores."""
+    share weights, not scores, so tokens of different runs do not attend to each other."""
     queries = q.split([len(of_run.position) for of_run in tables], 1)  # of each run: [Hq, its N, D]
     outputs = [function(query, k, v, of_run, *rest) for query, of_run in zip(queries, tables)]
     return torch.cat(outputs, 1)

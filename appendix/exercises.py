@@ -78,15 +78,15 @@ FILES = {  # what CHAPTER may be -> the file, and what is marked in it
         "fill_tables": E(4, LAYOUT, "by_hand or any_views or of_a_layout", "Walk through a view with a "
                          "running place. It is 0 where the own block begins, so where does it start?")}),
     "4": ("04_query_rotation.py", {
-        "attention_spec": E(3, ATTEND, "both_functions", "Token by token: which slots, moved by how "
-                            "much, at which distance? Then scores, one softmax, a weighted sum."),
+        "attention_spec": E(3, ATTEND, "both_functions or half", "Token by token: which slots, moved "
+                            "by how much, at which distance? Then scores, one softmax, a weighted sum."),
         "attention": E(6, ATTEND, "both_functions or half_precision", "`prepare` has done the "
                        "bookkeeping. Rotate the queries once per row of the tables, multiply each with "
                        "that row's keys, put all scores side by side, hide, and take one softmax."),
         "first_slots": E(1, ATTEND, "both_functions or layers_of_every_kind",
                          "distance = position + offset - slot < window; solve for the slot."),
-        "visible_rows": E(3, ATTEND, "both_functions", "For each row: does anybody see it, from which "
-                          "slot to which, and what of that does each token not see?"),
+        "visible_rows": E(3, ATTEND, "both_functions or nobody_reads", "For each row: does anybody "
+                          "see it, from which slot to which, and what of that does each token not see?"),
         "run_by_run": E(1, ATTEND, "several_runs", "Cut q by the tokens of each run.")}),
     "5": ("05_triton_kernel.py", {
         "kernel": E(12, KERNEL, "hidden_blocks or equals_the_oracle", "Read `prepare` "

@@ -115,6 +115,11 @@ def build(case, dtype=torch.float32):
     return arguments, naive(q, k, v, spans, index, worker, rotation.inv_freq, last, size ** -0.5, window)
 
 
+def too_slow(*_, **__):
+    """Stands where the specification is, while the fast function computes."""
+    raise AssertionError("attention calls attention_spec: it has to be another way to the same result")
+
+
 @settings(deadline=None, max_examples=100)
 @given(cases())
 def test_both_functions_equal_the_oracle(case):
@@ -124,10 +129,36 @@ def test_both_functions_equal_the_oracle(case):
     """
     arguments, expected = build(case)
     for function in (attend.attention, attend.attention_spec):
-        result = function(*arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            if function is attend.attention:
+                patch.setattr(attend, "attention_spec", too_slow)
+            result = function(*arguments)
         error = (result - expected).abs()
         assert error.max() <= 1e-5, (f"{function.__name__} is off by {error.max():.1e} (mean "
                                      f"{error.mean():.1e}), views {case.views}")
+
+
+@settings(deadline=None, max_examples=40)
+@given(cases())
+def test_nobody_reads_what_nobody_sees(case):
+    """Of each row, from the first slot to the last that some token sees, near enough for its window; the
+    long rows first."""
+    (*_, tables, _, _, window), _ = build(case)
+    rows, wanted = attend.visible_rows(tables, window), {}
+    for b, (start, visible) in enumerate(zip(tables.start.tolist(), tables.visible)):
+        j, distance = torch.arange(int(visible.max())), tables.position + tables.offset[b]
+        seen = (j < visible[:, None]) & (distance[:, None] - j < (window or 10**9))  # [N, slots]
+        if seen.any():
+            slots = seen.any(0).nonzero().flatten().tolist()
+            low, high = slots[0], slots[-1] + 1
+            wanted[b] = range(start + low, start + high), ~seen[:, low:high]
+    assert sorted(row.number for row in rows) == sorted(wanted)
+    for number, slots, hidden in rows:
+        right, rest = wanted[number]
+        assert slots == right, f"of row {number}, {slots} is read, and {right} seen (window {window})"
+        assert torch.equal(hidden, rest), f"row {number} hides other slots than a token does not see"
+    long = [len(row.slots) > attend.SHORT for row in rows]
+    assert long == sorted(long, reverse=True), "a short row stands before a long one"
 
 
 def test_tables_serve_layers_of_every_kind():
@@ -154,10 +185,12 @@ def test_half_precision_loses_only_its_own_bits(case, dtype):
     and 3 * 4 * 2^-12.
     """
     arguments, expected = build(case, dtype)
-    result = attend.attention(*arguments)
-    assert result.dtype == dtype
     bound = 12 * torch.finfo(dtype).eps / 2
-    assert (result.double() - expected).abs().max() <= bound
+    for function in (attend.attention, attend.attention_spec):
+        result = function(*arguments)
+        assert result.dtype == dtype, f"{function.__name__} gives {result.dtype} for a q of {dtype}"
+        error = (result.double() - expected).abs().max()
+        assert error <= bound, f"{function.__name__} is off by {error:.1e} in {dtype}"
 
 
 @settings(deadline=None, max_examples=25)
@@ -306,6 +339,23 @@ def test_several_runs_in_one_pass_get_what_each_gets_alone(name, several):
         ours, theirs = together.contents(), alone.contents()
         assert len(ours) == len(theirs) > 0
         assert all((one - other).abs().max() <= 1e-4 for one, other in zip(ours, theirs))
+
+
+def test_several_runs_attend_by_any_function():
+    """`function` gets of each run its queries, the memory, its tables, and all that stands behind."""
+    (q, k, v, one), (other, *_, two) = (attend.example(20, workers) for workers in (2, 3))
+    rest, calls = (rope.inverse_frequencies(LlamaConfig(head_dim=64)), 0.5, None), []
+
+    def function(query, *others):
+        calls.append((query.shape[1], others))
+        return len(calls) * query
+    both = torch.cat([q, other], 1)
+    result = attend.run_by_run(both, k, v, [one, two], *rest, function=function)
+    found = [(count, others[2:]) for count, others in calls]
+    wanted = [(2, (one, *rest)), (3, (two, *rest))]
+    assert found == wanted, f"`function` was called {len(calls)} times, and not once for each of 2 runs"
+    assert all(others[0] is k and others[1] is v for _, others in calls)
+    assert torch.equal(result, torch.cat([q, 2 * other], 1)), "the results are not those of `function`"
 
 
 def test_models_that_would_be_answered_wrongly_are_refused():

@@ -80,23 +80,28 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
         "attention_spec": [
             ("-offset, rotation)", "offset, rotation)"),
             (">= window).to(q.device)", "> window).to(q.device)"),
-            ("scores = scale * query @", "scores = query @")],
+            ("scores = scale * query @", "scores = query @"),
+            ("return torch.stack(outputs, 1).to(q.dtype)", "return torch.stack(outputs, 1).float()")],
         "attention": [
             ("rope.rotate(q.float() * scale, cos, sin,", "rope.rotate(q.float() * scale, cos, -sin,"),
             ("if hidden is not None:", "if False:"),
             ("rotated.reshape(len(cos), heads, -1, size)",
              "rotated.reshape(len(cos), -1, heads, size).transpose(1, 2)"),
             ("weights = scores.softmax(-1).split([sum(sizes) for _, sizes in parts], -1)",
-             "weights = [w.softmax(-1) for w in scores.split([sum(sizes) for _, sizes in parts], -1)]")],
+             "weights = [w.softmax(-1) for w in scores.split([sum(sizes) for _, sizes in parts], -1)]"),
+            ("    cos, sin, parts, hidden = prepare(tables, rotation, window, q.device)\n",
+             "    return attention_spec(q, k, v, tables, rotation, scale, window)\n")],
         "first_slots": [
             ("- window + 1)", "- window)"),
             ("tables.position + tables.offset", "tables.offset")],
         "visible_rows": [
             ("hidden = (j >= tables.visible[b][:, None])", "hidden = (j > tables.visible[b][:, None])"),
-            (" | (j < first[b][:, None])  # [N, slots]", "  # [N, slots]")],
+            (" | (j < first[b][:, None])  # [N, slots]", "  # [N, slots]"),
+            ("low, high = int(first[b][sees].min()), ", "low, high = 0, ")],
         "run_by_run": [
             ("in zip(queries, tables)]", "in zip(queries, tables[::-1])]"),
-            ("return torch.cat(outputs, 1)", "return torch.cat(outputs[::-1], 1)")]},
+            ("return torch.cat(outputs, 1)", "return torch.cat(outputs[::-1], 1)"),
+            ("outputs = [function(query, k", "outputs = [attention(query, k")]},
     "5": {
         "kernel": [
             ("end_seen = load(visible + column, real)", "end_seen = load(visible + column, real) - 1"),
