@@ -279,8 +279,8 @@ class Hogwild:
 
     def is_over(self, w):  # exercise
         """Does w's step end here? By its text; or, where steps move, as it has `max_step` tokens with
-        the one just sampled, and a line ends (not in a code fence; blanks may follow); or as behind that
-        one and one more there would be less room than `self.reserve`."""
+        the one just sampled, and a line ends (not in a code fence; blanks may follow); or when, after
+        this token and one more, fewer than `self.reserve` slots are free."""
         line_end = w.own_text.rstrip(" \t").endswith("\n") and not protocol.fence_open(w.own_text)
         long = w.block.length + 1 >= self.settings.max_step and line_end
         full = w.block.length + 2 + self.reserve > w.block.capacity  # 2: this token, and one more
@@ -308,8 +308,8 @@ class Hogwild:
 
     def schedule_checks(self, writing):  # exercise
         """Once every `check_every` of self.generated tokens (0: never, nor where steps have no headers),
-        one of `writing` who has not finished is asked as it opens its next step: for multiple n, from 0,
-        random.Random(f"{seed} check {n}").choice of these, so that a run can be repeated."""
+        one of those in `writing` who have not finished is asked as it opens its next step. The n-th
+        check (n = 0, 1, ...) goes to random.Random(f"{seed} check {n}").choice(those): runs repeat."""
         every, before = self.settings.check_every, self.generated
         self.generated += len(writing)
         asked = [w for w in writing if not w.finished]

@@ -343,7 +343,7 @@ def test_several_runs_in_one_pass_get_what_each_gets_alone(name, several):
 
 def test_several_runs_attend_by_any_function():
     """`function` gets of each run its queries, the memory, its tables, and all that stands behind."""
-    (q, k, v, one), (other, *_, two) = (attend.example(20, workers) for workers in (2, 3))
+    (q, _, _, one), (other, k, v, two) = (attend.example(20, workers) for workers in (2, 3))
     rest, calls = (rope.inverse_frequencies(LlamaConfig(head_dim=64)), 0.5, None), []
 
     def function(query, *others):

@@ -422,13 +422,18 @@ def test_a_model_that_turns_keys_in_another_way_is_refused(smollm):
         generate.Hogwild(model, smollm[1], PROBLEM)
 
 
-@pytest.mark.parametrize("where", ["advance", "answer"])
+@pytest.mark.parametrize("where", ["feed", "advance", "answer"])
 def test_nan_is_an_error(smollm, where):
-    """A model that computes NaN is said to, by a pass and by an answer."""
+    """A model that computes NaN is said to, by a pass and by an answer; and `feed` itself leaves the
+    blocks as long as they were."""
     model = tiny("llama")
     run = generate.Hogwild(model, smollm[1], PROBLEM, generate.Settings(prompt=SHORT))
     model.model.norm.weight.fill_(float("nan"))
     lengths = [block.length for block in run.cache.blocks]
     with pytest.raises(ValueError, match="NaN"):
-        getattr(run, where)()
-    assert [block.length for block in run.cache.blocks] == lengths
+        if where == "feed":
+            generate.feed(model, run.cache, [run.writers()])
+        else:
+            getattr(run, where)()
+    now = [block.length for block in run.cache.blocks]
+    assert now == lengths, f"the blocks had {lengths} tokens; after the error, they have {now}"

@@ -261,8 +261,10 @@ def test_a_long_step_ends_at_a_line_end_outside_of_code():
     paragraph."""
     run, paper = start(workers=["Alice"], max_step=20, max_passes=400)
     write(run, Alice="```\n" + "x = x + 1\n" * 4 + "```\nprint\n and so on")
-    closed, = [closed for record in run.passes for closed in record["closed"]]
-    assert closed["text"].endswith("```") and closed["opened"] == "\n\n**Alice [2]:** "
+    closed = [closed for record in run.passes for closed in record["closed"]]
+    ends = [step["text"] for step in closed]
+    assert len(ends) == 1, f"one step of this text is over, behind its code; yours ended {ends}"
+    assert ends[0].endswith("```") and closed[0]["opened"] == "\n\n**Alice [2]:** "
     write(run, Alice=" so" * 150)
     closed = [closed for record in run.passes for closed in record["closed"]]
     assert len(closed) > 2 and closed[2]["text"].endswith(" so")
