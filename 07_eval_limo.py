@@ -128,7 +128,11 @@ METHODS = {
 
 def method(spec):  # exercise
     """Take a method's name apart: hogwild:4 -> (its one name in tables and files, what runs it, settings
-    that differ, 4). Raises ValueError if there is no such method."""
+    that differ, 4). Raises ValueError if there is no such method.
+
+    The one name: hogwild is hogwild:2, with the usual number of workers; baseline:1 is baseline, as that
+    is always one; skeleton stays skeleton, whose usual number of workers is None.
+    """
     name, colon, count = spec.partition(":")
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}; choose among {', '.join(METHODS)}, with :W "

@@ -110,7 +110,7 @@ FILES = {  # what CHAPTER may be -> the file, and what is marked in it
                                 "A loop that yields what is to be fed and gets logits; `try: ... "
                                 "finally:` cuts the blocks back.")}),
     "7": ("07_eval_limo.py", {
-        "evaluate": E(5, EVAL, "every_budget or other_budgets or every_method", "Advance each run, "
+        "evaluate": E(5, EVAL, "budget or every_method or beyond", "Advance each run, "
                       "count, ask where a budget is reached; later budgets get the last answer."),
         "method": E(2, EVAL, "every_method",
                     "What stands behind a colon is the number of workers."),

@@ -148,7 +148,7 @@ EVALUATE = [
      "scores = scores + 0.0", [EVAL, "-k", "figures or counted"]),
     ("interval without the z term", CURVES,
      "middle, spread = share + z * z / 2,", "middle, spread = share,",
-     [EVAL, "-k", "figures or intervals"]),
+     [EVAL, "-k", "figures"]),
     ("a box of one sample ends the whole run", METHODS,
      '        """Worker w is done."""\n        w.finished = True\n',
      "        super().boxed_by(w, answer)\n",
@@ -190,7 +190,7 @@ EVALUATE = [
     ("outlines are judged", "appendix/judge.py", 'and row["method"].partition(":")[0] in SYNC]', "]",
      tests("judge", "worker_after_worker")),
     ("an unpaired difference", CURVES, "pairs = np.subtract(scores, baseline)",
-     "pairs = np.subtract(scores, np.sort(baseline))", [EVAL, "-k", "differences"]),
+     "pairs = np.subtract(scores, np.sort(baseline))", tests("curves", "differences")),
 ]
 PUZZLES, TEAM, LEARN, TRAINING, ADAPTERS, COMPARE, MOVED, DEMO = (
     f"appendix/{name}.py" for name in ("puzzles", "ideal_team", "learn_to_collaborate", "training",

@@ -1,8 +1,11 @@
-"""The pictures of chapter 7: how many curves carry their intervals, and what they are drawn against."""
+"""The statistics of chapter 7 and its pictures: how many curves carry their intervals, and what they
+are drawn against."""
 from importlib import import_module
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
 from appendix import curves, tasks
@@ -50,3 +53,47 @@ def test_the_same_text_is_right_without_a_parser(monkeypatch):
     monkeypatch.setattr(math_verify, "parse", lambda *_, **others: [])
     assert tasks.grade("37, 4", ["37", "4"]) == (1.0, True)
     assert tasks.grade("37, 5", ["37", "4"]) == (0.5, True) and tasks.grade("5", ["4"]) == (0.0, False)
+
+
+SHARES = st.floats(0, 1)
+
+
+@settings(deadline=None)
+@given(SHARES, st.integers(1, 10**6))
+def test_intervals(share, count):
+    """Within 0 and 1, around the share; narrower with more problems; what is wrong has the mirrored
+    one."""
+    low, high = curves.interval(share, count)
+    assert -1e-12 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1 + 1e-12 and high > low
+    assert curves.interval(1 - share, count) == (pytest.approx(1 - high), pytest.approx(1 - low))
+    less, more = curves.interval(share, 2 * count)
+    assert more - less < high - low
+    # Wilson's interval is where the share lies within z standard errors of what is supposed.
+    for end in (low, high):
+        assert (share - end) ** 2 == pytest.approx(1.959964 ** 2 * end * (1 - end) / count, abs=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(SHARES, SHARES), min_size=1, max_size=20))
+def test_differences(pairs):
+    """The interval is around the mean and within what was seen; exchanged methods have the mirrored
+    one."""
+    mine, theirs = map(np.array, zip(*pairs))
+    mean, low, high = curves.difference(mine, theirs)
+    assert mean == pytest.approx(np.mean(mine - theirs)) and low <= mean + 1e-9 and mean <= high + 1e-9
+    assert min(mine - theirs) - 1e-9 <= low and high <= max(mine - theirs) + 1e-9
+    assert curves.difference(theirs, mine) == tuple(map(pytest.approx, (-mean, -high, -low)))
+    assert curves.difference(mine, mine) == (0, 0, 0)
+
+
+@settings(deadline=None)
+@given(st.lists(SHARES, min_size=2, max_size=6), SHARES)
+def test_passes_to_reach(accuracy, level):
+    """On the line between two budgets, where it reaches the level for the first time."""
+    budgets = [2 ** k for k in range(len(accuracy))]
+    at = curves.passes_to_reach(level, budgets, accuracy)
+    if at is None:
+        assert not any(low < level <= high for low, high in zip(accuracy, accuracy[1:]))
+    else:
+        assert np.interp(at, budgets, accuracy) == pytest.approx(level)
+        assert budgets[0] < at + 1e-9 and at <= budgets[-1] + 1e-9

@@ -122,6 +122,8 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
         "feed": [
             ("if logits.isnan().any():", "if False:"),
             ("with cache.rewound(only_on_error=True):\n        cache.reserve(",
+             "if True:\n        cache.reserve("),
+            ("with cache.rewound(only_on_error=True):\n        cache.reserve(",
              "with cache.rewound():\n        cache.reserve(")],
         "Hogwild.is_over": [
             ("self.settings.max_step and line_end", "self.settings.max_step"),
@@ -145,14 +147,19 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
             ("in_time, answer = run.written_answer() is not None, ", "in_time, answer = True, "),
             ('tokens + len(record["sampled"])', "tokens + 1"),
             ("answers[str(passes)] = yield from asked(run)\n",
-             "answers[str(passes)], passes = (yield from asked(run)), passes + 1\n")],
+             "answers[str(passes)], passes = (yield from asked(run)), passes + 1\n"),
+            ("                    answers[str(passes)] = yield from asked(run)\n",
+             "                    answers[str(passes)] = yield from asked(run)\n"
+             "                    seconds += perf_counter() - begin\n"),
+            ("except generate.TooLong:", "except ZeroDivisionError:")],
         "method": [
             ("range(1, most + 1)", "range(1, most)"),
             ("workers = int(count) if colon else usual", "workers = usual"),
             ("if name not in METHODS:", "if False:")],
         "runs_of": [
             ("workers=protocol.NAMES[:workers], **", "workers=protocol.NAMES[:1], **"),
-            ("return kind(start, asked, workers)", "return kind(start, asked, None)")]},
+            ("return kind(start, asked, workers)", "return kind(start, asked, None)"),
+            ("len(problem[\"answers\"]), settings", "1, settings")]},
     "recording": {
         "Ledger.recording": [
             ("step.start, end = end, end + step.length", "step.start, end = 0, end + step.length"),
