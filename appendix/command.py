@@ -93,7 +93,7 @@ def read_text(path, what):
         return text(Path(path).read_text(encoding="utf-8"), what)
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise ValueError(f"the {what} {path!r} cannot be read: {why}") from error
+        raise ValueError(f"the {what} {str(path)!r} cannot be read: {why}") from error
 
 
 def at_least(settings, **least):

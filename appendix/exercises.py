@@ -275,7 +275,7 @@ def main(argv=None):
     if options.check:
         theirs = command.read_text(path, "chapter")
         try:
-            functions(theirs)
+            compile(theirs, path, "exec")
         except SyntaxError as error:
             raise ValueError(f"{str(path)!r} is no Python: line {error.lineno}, {error.msg}") from None
         return 1 if check(file, exercises, theirs) else 0

@@ -112,8 +112,9 @@ def test_a_counterexample_says_what_differs():
 
 @pytest.mark.parametrize("arguments, text, words", [
     (["9", "mine"], None, "there is no chapter '9'"), (["1", "."], None, "is the project's own"),
-    (["1", "mine", "--check"], None, "cannot be read"),
-    (["1", "mine", "--check"], "def f(:", "is no Python: line 1")])
+    (["1", "mine", "--check"], None, "the chapter 'mine/01_rope_shift.py' cannot be read"),
+    (["1", "mine", "--check"], "def f(:", "is no Python: line 1"),
+    (["1", "mine", "--check"], "def f():\n    pass\nreturn 1", "line 3, 'return' outside function")])
 def test_what_cannot_be_checked_is_refused(arguments, text, words, tmp_path):
     """In one sentence, exit code 2."""
     if text:
