@@ -216,7 +216,7 @@ def main():
 # `python appendix/solutions.py 1.1` and so on answer by measuring:
 # 1. Write `rotate` with complex numbers. How far do the results differ?
 # 2. Some models pair dimension 2i with 2i + 1 instead. Which permutation of D makes one of the other?
-# 3. Shift a bfloat16 key by 1 a thousand times, and once by 1,000. How far apart are they?
+# 3. Shift a bfloat16 key by 1 a thousand times, and once by 1,000. How far off is each of them?
 
 if __name__ == "__main__":
     main()

@@ -98,9 +98,9 @@ def answer_1_2():
 
 
 def answer_1_3():
-    """Far: where one position is a small angle, what it changes is less than bfloat16 can say, and is
-    rounded away every time. So a step is moved when it is finished, once,
-    and not a little in every pass."""
+    """The one is off by a rounding, the thousand by half of the key: where one position is a small
+    angle, the change is smaller than bfloat16's spacing, and is rounded away every time. So a step is
+    moved when it is finished, once, and not a little in every pass."""
     key = torch.randn(1000, 64)
     steps, once = key.bfloat16(), rope.shift(key.bfloat16(), 1000, HEAD).float()
     for _ in range(1000):
@@ -182,8 +182,9 @@ def answer_3_1():
 
 
 def answer_3_2():
-    """In the order of names, and nobody notices: both steps are in the history before the next pass,
-    and views are made anew from lengths. Whoever comes second has moved further, that is all."""
+    """In the order of the list of workers, and nobody notices: both steps are in the history before the
+    next pass, and views are made anew from lengths. Whoever comes second has moved further, that is
+    all."""
     before, layouts.STEPS[:] = layouts.STEPS[:], [5, 5, 9]
     try:
         *_, (tables, texts) = layouts.play("combined", passes=7)
@@ -238,8 +239,8 @@ def answer_4_2():
 
 
 def answer_4_3():
-    """Views say so, and the tables get one more row for the second place; no code changes, because rows
-    are numbered by (block, how often before), as they have to be for the dots."""
+    """The view names it twice, and the tables get one more row for the second place; no code changes,
+    because rows are numbered by (block, how often before), as they have to be for the dots."""
     cache = shared_cache.SharedCache([])
     prompt, own = cache.block(20), cache.block(8)
     cache.reserve([(prompt, 20), (own, 8)])
