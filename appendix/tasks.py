@@ -259,11 +259,13 @@ def near(gold, answer, errors):
 
 
 def number(text):
-    """The number that a text gives (x = 2 gives 2), or nan."""
+    """The number that a text gives (x = 2 gives 2, and x < 2 none), or nan."""
+    from math_verify import errors, utils
+    from sympy import Eq
     try:
         value = parsed(text)[0]
-        return float(getattr(value, "rhs", value))
-    except Exception:  # sympy's errors differ with what is no number
+        return utils.timeout(PATIENCE)(float)(value.rhs if isinstance(value, Eq) else value)
+    except (Exception, errors.TimeoutException):  # sympy's errors differ with what is no number
         return float("nan")
 
 

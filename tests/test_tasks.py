@@ -350,6 +350,29 @@ def test_some_answers_may_be_off(gold, error, right, wrong):
     assert all(tasks.mark(answer, problem)[0] == 0 for answer in wrong)
 
 
+@pytest.mark.parametrize("answer", ["9^{9^{9^{9}}}", "x=9^{9^{9^{9}}}"])
+def test_a_number_that_takes_for_ever_is_wrong(monkeypatch, answer):
+    """To work it out has a limit of time, whatever errors a problem allows; it ends nothing else."""
+    monkeypatch.setattr(tasks, "PATIENCE", 1)
+    before = signal.signal(signal.SIGVTALRM, lambda *_: pytest.fail("nobody has set a limit"))
+    signal.setitimer(signal.ITIMER_VIRTUAL, 20)
+    try:
+        assert tasks.mark(answer, olympiad(final_answer=["5"], error="0.1")) == (0.0, True)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@pytest.mark.parametrize("gold, right, wrong", [
+    ("$x \\geq 9.8$", ["x \\geq 9.8", "9.8 \\leq x"], ["x \\leq 9.8", "x \\leq 9.75", "x=9.8", "9.8"]),
+    ("$x = 9.8$", ["9.8", "x = 9.75"], ["x < 9.75", "x \\ge 9.8"])])
+def test_a_relation_is_no_number(gold, right, wrong):
+    """Only of an equation the right side counts."""
+    problem = olympiad(final_answer=[gold], error="0.1")
+    assert all(tasks.mark(answer, problem)[0] == 1 for answer in right)
+    assert all(tasks.mark(answer, problem)[0] == 0 for answer in wrong)
+
+
 def test_a_file_of_an_olympiad(tmp_path):
     """The data set's own rows, in a file: several answers, each with what it may be off by."""
     rows = [OLYMPIAD, {**OLYMPIAD, "question": "Find both.", "is_multiple_answer": True, "unit": "m",
