@@ -153,15 +153,15 @@ def load(name, data=None):
     if data is None and len(problems) != task.source[1]:
         print(f"note: {task.source[0]!r} has {len(problems)} different problems, and not "
               f"{task.source[1]}: what others measured may be of other ones", file=sys.stderr)
+    if len(problems) < size:
+        raise ValueError(f"a problem of task {name!r} takes {size} questions (of LiveCodeBench those of "
+                         f"the paper's months), and there are only {len(problems)}")
     if size == 1:
         return problems
     drawn = iter(random.Random(0).sample(problems, len(problems)))
-    groups = [*zip(*[drawn] * size)][:SAMPLES]  # (each takes the next ones of the same iterator)
-    if not groups:
-        raise ValueError(f"task {name!r} puts {size} questions into a problem, and there are only "
-                         f"{len(problems)}")
+    # (zip: each takes the next ones of the same iterator.)
     return [{"question": FIVE + "\n".join(f" {k}. {one['question']}" for k, one in enumerate(group, 1)),
-             "answers": [one["answers"][0] for one in group]} for group in groups]
+             "answers": [one["answers"][0] for one in group]} for group in [*zip(*[drawn] * size)][:SAMPLES]]
 
 
 def clean(answer):
@@ -217,7 +217,7 @@ def mark(answer, problem):
 
 
 def grade(answer, golds, errors=()):
-    """Compare an answer with the right ones, position by position.
+    """Compare an answer with the right ones, position by position; what is too much counts as wrong.
 
     Numbers, LaTeX, sets, intervals and so on are compared as mathematics. What cannot be understood is
     wrong. errors: so far may the numbers of an answer be off (one holds for all of them).
@@ -229,13 +229,14 @@ def grade(answer, golds, errors=()):
         return 0.0, False
     given = [answer] if len(golds) == 1 else positions(answer, len(golds))
     found = [same(gold, part, errors) for gold, part in zip(golds, given)]
-    return sum(filter(None, found)) / len(golds), set(found) != {None}
+    return sum(filter(None, found)) / max(len(golds), len(given)), set(found) != {None}
 
 
 def same(gold, answer, errors=()):
     """Is an answer right? None: it cannot be understood."""
     from math_verify import verify
-    if tidy(answer) == tidy(gold):
+    gold, answer = tidy(gold), tidy(answer)
+    if answer == gold:
         return True
     mine = parsed(answer)
     right = errors and near(gold, answer, errors) or verify(parsed(gold), mine,
@@ -246,7 +247,7 @@ def same(gold, answer, errors=()):
 def parsed(text):
     """What math-verify makes of a text, best first; an empty list if it cannot be understood."""
     from math_verify import parse
-    return parse(tidy(text), parsing_timeout=PATIENCE)
+    return parse(f"\\boxed{{{tidy(text)}}}", parsing_timeout=PATIENCE)
 
 
 def near(gold, answer, errors):
@@ -270,17 +271,17 @@ def number(text):
 
 
 def tidy(answer):
-    """The answer as math-verify wants it: boxed, without small spaces and the full stop of its sentence,
-    and e as e."""
+    """The answer as math-verify wants it: without small spaces and the full stop of its sentence, and e
+    as e."""
     answer = re.sub(r"\\[,!;:]|~", "", answer).replace(r"\mathrm{e}", "e")
-    return f"\\boxed{{{answer.strip().rstrip(' .')}}}"
+    return answer.strip().rstrip(" .")
 
 
 def same_kind(gold, answer):
     """Two things that math-verify does not look at: the base of a numeral (120_5), and relations
     (x <= 14 is not 14)."""
-    base = r"(?:^|,)[ $]*[0-9A-F.]+_\{?(\d+)\}?[ $.]*(?=,|$)"
-    relation = r"\\(?:leq?|geq?|to|neq?)\b|[<>]"
+    base = r"(?:^|[,=])[ $]*[0-9A-F.]+_\{?(\d+)\}?[ $.]*(?=,|$)"
+    relation = r"\\(?:[lg]eq?(?:slant)?|to|neq?)\b|[<>≤≥≠→]"
     return set(re.findall(base, answer)) <= set(re.findall(base, gold) or ["10"]) and (
         bool(re.search(relation, gold)) or not re.search(relation, answer))
 
@@ -288,7 +289,7 @@ def same_kind(gold, answer):
 def positions(answer, count):
     """Split "18, 3, 70,000" into its parts, but not (1, 2). A comma may stand between thousands, if the
     count asks for it, and brackets around it all, if there are to be several."""
-    answer = re.sub(r"\\left|\\right|\\(?=[{}])|\{,\}", "", answer).strip()
+    answer = re.sub(r"\\left|\\right|\\(?=[{}])|\{,\}", "", answer).rstrip(", \n")
     comma = r",(?![^()\[\]{}]*[)\]}])"  # one that no closing bracket follows before an opening one
     if len(re.split(comma, answer)) == 1 < count:
         answer = answer.strip("()[]{} ")

@@ -180,6 +180,13 @@ def test_problems_are_those_of_the_papers_months():
     assert "standard input" not in problem["question"]
 
 
+def test_no_problem_of_these_months_is_no_evaluation(tmp_path):
+    """A file of other months is refused, in a sentence that names them."""
+    (tmp_path / "old.jsonl").write_text(json.dumps(row("[]", contest_date="2023-07-31")))
+    with pytest.raises(ValueError, match="'livecodebench' takes 1 .* months.*, and there are only 0"):
+        tasks.load("livecodebench", str(tmp_path / "old.jsonl"))
+
+
 def test_without_a_box_nothing_is_run(monkeypatch):
     """One sentence says what is missing."""
     monkeypatch.setattr(programs.shutil, "which", lambda _: None)

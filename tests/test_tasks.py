@@ -30,7 +30,7 @@ def test_the_answers_in_the_file_are_right():
 
 GRADED = {  # right answer -> (answers that a person would accept, answers that a person would not)
     "14": ("14 |14.0|\\approx 14| 14 |\\text{14}|14 \\text{ apples}|$14$|\\$14|14 apples|14.",
-           "15|-14|141|1/4|14_5|\\le 14|17 \\to 14|"),
+           "15|-14|141|1/4|14_5|\\le 14|17 \\to 14||x=14_5|\\leqslant 14|≥ 14|x \\geqslant 14"),
     "1000": ("1000|1,000|1{,}000|10^3|1\\,000", "100|10000|1,00"),
     "-3": ("-3|-3.0|-\\frac{6}{2}|- 3", "3|-2|+3"),
     "0.5": ("0.5|1/2|\\frac{1}{2}|\\frac12|\\dfrac{1}{2}|.5", "0.05|2|\\frac{1}{3}"),
@@ -75,13 +75,14 @@ GRADED = {  # right answer -> (answers that a person would accept, answers that 
     "\\log_2 8": ("\\log_2 8|3|\\log_{2}{8}", "2|8"),
     "\\binom{5}{2}": ("\\binom{5}{2}|10", "5|20"),
     "x=3": ("x=3|3|x = 3", "4|x=-3"),
-    "120_5": ("120_5|120_{5}", "120_6|121_5"),
+    "120_5": ("120_5|120_{5}|n=120_5|$120_5$.", "120_6|121_5|n=120_6|\\!120_6|n = 120_{6}"),
+    "\\!$120_5$": ("120_5", "120_6"),
     "7!": ("5040|7!", "504|6!"),
 }
 
 
 def test_answers_are_graded_as_a_person_would():
-    """238 pairs of the kinds that stand in the data: numbers, fractions, intervals, tuples, units,
+    """250 pairs of the kinds that stand in the data: numbers, fractions, intervals, tuples, units,
     percent, text, matrices."""
     pairs = [(gold, answer, score) for gold, columns in GRADED.items()
              for score, column in zip((1, 0), columns) for answer in column.split("|")]
@@ -94,9 +95,11 @@ def test_answers_are_graded_as_a_person_would():
     ("3,18", ["18", "3"], 0), ("18", ["18", "3"], 0.5), ("(18,3)", ["18", "3"], 1),
     ("\\left(18, 3\\right)", ["18", "3"], 1), ("18, 70{,}000", ["18", "70000"], 1),
     ("(1,2),(3,4)", ["(1,2)", "(3,4)"], 1), ("\\{18, 3\\}", ["18", "3"], 1), ("18,3,120,540", FIVE, 0.6),
+    ("1, 2, 3", ["1", "2"], 2 / 3), ("1, 2, 7, 1, 2", ["1", "2"], 0.4), ("1, 2, ", ["1", "2"], 1),
     ("\\$18,\\$3,1/2,5\\%,x", ["18", "3", "0.5", "5", "7"], 0.8), ("answer1=18, 3", ["18", "3"], 1)])
 def test_lists_are_graded_position_by_position(answer, golds, score):
-    """The paper's per-question score; a comma may also stand between thousands."""
+    """The paper's per-question score; a comma may also stand between thousands. Who gives more answers than
+    there are questions has no full score."""
     assert tasks.grade(answer, golds) == (pytest.approx(score), True)
 
 
@@ -128,6 +131,8 @@ DRESS = st.lists(st.sampled_from([" {}", "{} ", "${}$", "{}.", "\\!{}", "{}\\,"]
 @given(NUMBERS, DRESS)
 @example("-5", ["{}.", "${}$"])
 @example("120_5", ["${}$"])
+@example("120_5", ["${}$", "\\!{}"])
+@example("120_5", ["${}$", "{}\\,"])
 def test_an_answer_is_right_however_it_is_dressed(gold, dress):
     """Graded against itself, an answer is right; spaces, dollars and a full stop change nothing."""
     answer = gold
