@@ -1,4 +1,6 @@
 """Appendix: how sure a share is, how far two curves are apart, and chapter 7's tables and picture."""
+from itertools import pairwise
+
 import numpy as np
 
 from appendix.command import plain
@@ -25,8 +27,7 @@ def difference(scores, baseline):
 def passes_to_reach(level, budgets, accuracy):
     """The number of passes at which `accuracy` (measured at `budgets`) reaches `level`: between two
     budgets in proportion, and None if it is not between two that were measured."""
-    points = list(zip(budgets, accuracy))
-    for (before, low), (after, high) in zip(points, points[1:]):
+    for (before, low), (after, high) in pairwise(zip(budgets, accuracy)):
         if low < level <= high:
             return before + (level - low) / (high - low) * (after - before)
 
@@ -101,8 +102,9 @@ def draw(png, title, budgets, table, others=("seconds",)):
             x = row.get(name, budgets)
             style = "--o" if method.startswith(("baseline", "no-early", "self", "skeleton")) else "-o"
             reach = np.abs(interval(row["accuracy"], row["count"]) - row["accuracy"])  # [2, budgets]
-            spread = np.abs(row["spread"] - x) if name == "seconds" and "spread" in row else None
-            axis.errorbar(x, row["accuracy"], reach if few else None, spread if few else None, fmt=style,
+            spread = ((row["spread"] - x) * [[-1], [1]]).clip(0) if (  # (the mean may lie beside them)
+                few and name == "seconds" and "spread" in row) else None
+            axis.errorbar(x, row["accuracy"], reach if few else None, spread, fmt=style,
                           label=f"{method} (n = {row['count']})")
     axes[0].set_xticks(budgets[::-(-len(budgets) // 12)])
     axes[0].set_ylabel(f"accuracy{', with 95 % intervals' if few else ''}")

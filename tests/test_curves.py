@@ -35,6 +35,17 @@ def test_intervals_are_drawn_of_a_few_curves_only(methods, tmp_path, monkeypatch
         assert np.allclose(drawn[-1][2], [[2, 3], [2, 2]])
 
 
+def test_a_mean_beside_its_quantiles_has_one_arm(tmp_path, monkeypatch):
+    """A few long runs draw the mean of the seconds beyond the 90 % quantile: nothing reaches further."""
+    bars, drawn = Axes.errorbar, []
+    monkeypatch.setattr(Axes, "errorbar", lambda axes, x, y, up, across, **how: (
+        drawn.append(across), bars(axes, x, y, up, across, **how))[1])
+    row = {"accuracy": np.array([0.2, 0.6]), "count": 20, "seconds": np.array([3.0, 7.0]),
+           "spread": np.array([[1.0, 8.0], [2.0, 9.0]])}
+    curves.draw(str(tmp_path / "x.png"), "x", [10, 20], {"m": row})
+    assert np.allclose(drawn[-1], [[2, 0], [0, 2]])
+
+
 def test_titles_are_names_and_equals_do_not_differ(capsys):
     """Of a model's folder the last part; where all scores are the same, no interval of a difference."""
     scores = np.eye(20, 2)
