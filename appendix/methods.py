@@ -95,6 +95,15 @@ class Votes(Each):
                                    and tasks.grade(answer, golds)[0] == 1)
 
 
+def refuse_copies(specs):
+    """Raise ValueError if workers of these methods would all write the same, should runs be greedy."""
+    for spec in specs:
+        name, _, workers = spec.partition(":")
+        if name.startswith(("self-consistency", "vote", "debate")) and workers != "1":
+            raise ValueError(f"the workers of {spec} would all write the same: give {name}:1, or leave "
+                             "--greedy out (an adapter may set it, too)")
+
+
 def vote(start, problem, workers):
     """Independent samples, who vote."""
     yield start(partial(Votes, parts=problem.parts), workers)
@@ -206,7 +215,7 @@ def skeleton(start, problem, workers):
     threads = start(partial(Answers if problem.parts > 1 else Threads, prompts=prompts, at_once=workers),
                     len(points))
     yield threads
-    if problem.parts == 1:
+    if problem.parts <= 1:  # (a program has none)
         read = "".join(f"{begun} {text.strip()}\n\n"
                        for (_, begun), text in zip(prompts, written(threads)))
         # `replace` and not `format`: the prompt has other braces.
@@ -241,7 +250,7 @@ def debate(start, problem, workers, rounds=2):
         yield run
         texts = [text.strip() for text in written(run)]
         prompts = [(AGAIN.format(problem=problem.text, own=own, others="\n\n".join(
-            other for other in texts if other is not own)), "") for own in texts]
+            texts[:number] + texts[number + 1:])), "") for number, own in enumerate(texts)]
 
 
 FORK = r"""{problem}
@@ -308,6 +317,7 @@ class Fork(Samples, Stage):
             room = min(writer.block.capacity - writer.block.length, self.context - seen)
             ids = self.encode(f"\n{given}\n\n")[:max(0, room - len(writer.pending) - self.reserve)]
             writer.pending, writer.ids = writer.pending + ids, writer.ids + ids
+            writer.before += writer.own_text
             writer.text = self.decode(writer.ids)
             writer.start = len(writer.text)  # its own words begin behind them
         return record

@@ -130,6 +130,17 @@ def test_in_a_debate_everybody_reads_the_others(toy, monkeypatch):
     assert second.answer() == "7" and next(stages, None) is None
 
 
+@pytest.mark.parametrize("said", [["7", "7", "8"], ["", "", ""], ["a word", "a word", "a word"]])
+def test_who_says_the_same_is_read_all_the_same(toy, monkeypatch, said):
+    """Short texts that are equal may be one object: others are those in other places."""
+    monkeypatch.setattr(methods, "written", lambda _: said)
+    _, second = methods.debate(start_with(toy), PROBLEM, 3)
+    for number, (prompt, _) in enumerate(second.prompts):
+        others = "\n\n".join(text for place, text in enumerate(said) if place != number)
+        assert f"written about it:\n\n{others}\n\nAnd this is" in prompt
+        assert f"have written:\n\n{said[number]}\n\nLook" in prompt
+
+
 def test_a_debate_may_have_more_rounds(toy):
     """Each has its share of the passes."""
     problem, told = {"question": PROBLEM.text, "answers": ["7"]}, generate.Settings(max_passes=12)
@@ -177,6 +188,22 @@ def test_parts_are_worked_on_beside_the_writer(toy, monkeypatch):
     while run.ending is None:
         run.advance()
     assert run.ending == "answer" and run.answer() == "17" and run.workers[-1].name == "Alice"
+
+
+def test_a_box_before_a_join_is_not_forgotten(toy, monkeypatch):
+    """What the writer says before it waits, in the same step, is its own; what it is given is not."""
+    run, = methods.fork_join(start_with(toy, max_passes=400), PROBLEM, None)
+    coming, filler = iter(run.encode("It is \\boxed{7}. <part>3 + 4</part><join/>")), run.encode(" so")[0]
+    part = iter(run.encode("It is \\boxed{8}.\n\n"))
+    monkeypatch.setattr(run, "sample", lambda _: [next(coming if w.name == "Alice" else part, filler)
+                                                  for w in run.next_writers()])
+    while not run.joined:
+        run.advance()
+    assert "\\boxed{8}" in run.workers[-1].text and run.written_answer() == "7"
+    coming = iter(run.encode(" As I said.\n\n"))
+    while run.ending is None:
+        run.advance()
+    assert run.ending == "answer" and run.answer() == "7" and len(run.passes) < 99
 
 
 @pytest.mark.parametrize("others", [{}, {"context": 1096}])
