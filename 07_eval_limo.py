@@ -123,7 +123,7 @@ METHODS = {
     "self-consistency": (methods.Samples, SOLO, 2),
     "vote": (methods.vote, SOLO, 3), "debate": (methods.debate, SOLO, 2),
     **{f"debate-{rounds}": (partial(methods.debate, rounds=rounds), SOLO, 2) for rounds in (3, 4)},
-    "skeleton": (methods.skeleton, SOLO, None), "fork-join": (methods.fork_join, SOLO, None)}
+    "skeleton": (methods.skeleton, SOLO, None), "fork-join": (methods.fork_join, SOLO, 1)}
 
 
 def method(spec):  # exercise
@@ -181,10 +181,7 @@ def run_missing(what, header, problems, wanted):
     # (Rounds of a debate are shares of the largest budget: other budgets, other debates.)
     may_differ = [] if any(spec.startswith("debate") for spec in what.methods) else ["budgets"]
     with journal.Journal(file, "evaluation", header, ROW, may_differ, durable=True) as results:
-        def found():
-            return one_each([*read(files_of(what.out), header)[1], *results.rows])
-        done = {key_of(row) for row in found() if asked_at(row, what.budgets)}
-        todo = [key for key in wanted if key not in done]
+        todo = missing(what, header, wanted)
         if not rank:
             print(f"{len(problems)} problems, {len(what.methods)} methods, {len(what.seeds)} seeds: "
                   f"{len(todo)} runs to do; results in {what.out}")
@@ -196,7 +193,14 @@ def run_missing(what, header, problems, wanted):
         if team:
             team.wait_for_everyone()
             torch.distributed.destroy_process_group()
-        return [] if rank else found()
+        return [] if rank else one_each([*read(files_of(what.out), header)[1], *results.rows])
+
+
+def missing(what, header, wanted):
+    """Those of `wanted` that are not in the files, at all budgets and without an error."""
+    rows = one_each(read(files_of(what.out), header)[1])
+    done = {key_of(row) for row in rows if asked_at(row, what.budgets)}
+    return [key for key in wanted if key not in done]
 
 
 def run_all(todo, what, team, problems, results, bar):
@@ -323,6 +327,8 @@ class Evaluation(models.Options):
         if len({*self.seeds}) < len(self.seeds) or self.greedy and len(self.seeds) > 1:
             raise ValueError("a seed is given twice, or greedy runs have several, and do not depend on "
                              "them: give one")
+        if self.greedy:
+            methods.refuse_copies(self.methods)
         command.at_least(self, limit=1, answer_tokens=1, batch=1)
         command.distinct(out=self.out, png=self.png, data=self.data)
 
@@ -363,9 +369,9 @@ def main(argv=None):
     rows = run_missing(what, header, problems, wanted)
     if rows:
         report(header, rows, what.png)
-        failed = [row for row in rows if not asked_at(row, what.budgets) and key_of(row) in wanted]
-        if failed:
-            why = failed[0]["error"] or "it has been asked at other budgets, and failed at these"
+        if failed := missing(what, header, wanted):
+            why = next((row["error"] for row in rows if row["error"] and key_of(row) in failed),
+                       "its answers are not in the file, or are those of other budgets")
             raise command.Failed(f"{len(failed)} of {len(wanted)} runs failed (the same command tries "
                                  f"them again), the first one: {why}")
         print(f"[OK] {len(wanted)} runs are in {what.out}, each answered at {len(what.budgets)} budgets")

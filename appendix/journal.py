@@ -125,16 +125,17 @@ def read(path, kind, row_shape):
     if data[:len(start)] != start[:len(data)]:  # (a kill may have cut even the first line)
         raise ValueError(f"{str(path)!r} is no {kind} that this program wrote: name another file")
     rows = []
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
+    for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
             rows.append(json.loads(line))
-            if not matches(rows[-1], {"format": str} if number == 1 else row_shape):
-                raise ValueError("it lacks something, or has something else in its place")
+            if number > 1 and not matches(rows[-1], row_shape):
+                raise ValueError("it lacks something, or an older version wrote it")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number} of {str(path)!r} is damaged ({first_line(error)}): "
                              "name another file") from error
-    header = {key: value for key, value in rows[0].items() if key != "format"} if rows else {}
-    return header, rows[1:], whole
+    header, *rows = rows or [{}]
+    header.pop("format", None)
+    return header, rows, whole
 
 
 def matches(value, shape):

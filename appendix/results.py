@@ -25,11 +25,15 @@ def key_of(row):
 
 
 def one_each(rows):
-    """Every result once: of a run that was tried again, or asked at a larger budget, the better row."""
-    def worth(row):
-        return not row["error"], max(map(int, row["answers"]), default=0)
-    best_last = sorted(rows, key=worth)
-    return list({key_of(row): row for row in best_last}.values())
+    """Every result once: of a run that failed and was tried again, the better row; of one that was asked
+    at several lists of budgets, the longest row with all answers."""
+    found = {}
+    for row in sorted(rows, key=lambda row: (not row["error"], max(map(int, row["answers"])))):
+        old = found.get(key_of(row), row)
+        if not old["error"]:
+            row = {**row, "answers": {**old["answers"], **row["answers"]}}
+        found[key_of(row)] = row
+    return [*found.values()]
 
 
 def asked_at(row, budgets):
@@ -39,25 +43,25 @@ def asked_at(row, budgets):
 
 def files_of(path):
     """The files of an evaluation: the one of that name, and those of other processes beside it."""
-    others = sorted(glob.glob(f"{glob.escape(path)}.rank*-of-*"))
-    return [path, *others] if os.path.exists(path) else others
+    return [path] * os.path.exists(path) + sorted(glob.glob(f"{glob.escape(path)}.rank*-of-*"))
 
 
 def read(files, header=None):
     """(header, rows) of several files of one evaluation. Raises ValueError if they are not of one. Files
-    (and rows) may differ in budgets."""
+    (and rows) may differ in budgets, but not debates: their rounds are shares of the largest one."""
     rows = []
     for path in files:
         theirs, found, whole = journal.read(path, "evaluation", ROW)
         if not whole:  # another process has only just made it
             continue
         header = header or theirs
-        if {**theirs, "budgets": []} != {**header, "budgets": []} or not journal.matches(
-                theirs, HEADER) or not all(
+        rows += found
+        debates = {tuple(row["answers"]) for row in rows if "debate" in row["method"]}  # their budgets
+        if len(debates) > 1 or not journal.matches(theirs, HEADER) or (
+                {**theirs, "budgets": header["budgets"]} != header) or not all(
                 row["answers"] and all(budget.isdigit() and 0 <= entry["score"] <= 1
                                        for budget, entry in row["answers"].items()) for row in found):
             raise ValueError(f"{path!r} is damaged, or holds results of other settings than the others")
-        rows += found
     return header, rows
 
 

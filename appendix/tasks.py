@@ -46,12 +46,12 @@ def olympiad(row):
         wanted = (f"There are several answers{', each of them ' + kind if kind else ''}: "
                   "give all of them, separated by commas.")
     unit = f"It is in units of {row['unit']}; leave the unit out." if row["unit"] else ""
-    parts = [row["context"], row["question"], f"{wanted} {unit}"]
+    parts = [row["context"] or "", row["question"], f"{wanted} {unit}"]
     answer = clean(row["final_answer"])
     if not answer:
         raise ValueError("has no answer: final_answer has to be a list of texts")
     errors = [float(part or 0) for part in str(row["error"] or 0).split(",")]
-    return {"question": "\n\n".join(part.strip() for part in parts if (part or "").strip()),
+    return {"question": "\n\n".join(filter(None, map(str.strip, parts))),
             "answers": [answer], "errors": errors}
 
 
@@ -132,25 +132,24 @@ def load(name, data=None):
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}")
     task, seen = TASKS[name], {}  # seen: question -> (where it stands, problem)
-    if task.fresh and data is None:
+    if task.fresh and not data:
         drawn = [puzzles.fresh(task.fresh, number, task.patterns) for number in range(FRESH)]
         return [{"question": puzzle.text, "answers": puzzle.answer.split(", ")} for puzzle in drawn]
-    if data is None and not task.source:
+    if not data and not task.source:
         data = OWN
-    for where, row in from_hub(*task.source) if data is None else from_file(data):
+    for where, row in from_file(data) if data else from_hub(*task.source):
         try:
             problem = task.read(row)
         except KeyError as error:
             raise ValueError(f"{where} has no field {error}") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{where} {first_line(error)}") from error
-        if problem and problem["question"] in seen and data is not None:
-            raise ValueError(f"{where} asks the same as {seen[problem['question']][0]}: remove one of "
-                             "them")
         if problem:
-            seen.setdefault(problem["question"], (where, problem))
+            first = seen.setdefault(problem["question"], (where, problem))
+            if data and first[1] is not problem:
+                raise ValueError(f"{where} asks the same as {first[0]}: remove one of them")
     problems, size = [problem for _, problem in seen.values()], task.group
-    if data is None and len(problems) != task.source[1]:
+    if not data and len(problems) != task.source[1]:
         print(f"note: {task.source[0]!r} has {len(problems)} different problems, and not "
               f"{task.source[1]}: what others measured may be of other ones", file=sys.stderr)
     if len(problems) < size:
@@ -161,20 +160,21 @@ def load(name, data=None):
     drawn = iter(random.Random(0).sample(problems, len(problems)))
     # (zip: each takes the next ones of the same iterator.)
     return [{"question": FIVE + "\n".join(f" {k}. {one['question']}" for k, one in enumerate(group, 1)),
-             "answers": [one["answers"][0] for one in group]} for group in [*zip(*[drawn] * size)][:SAMPLES]]
+             "answers": [one["answers"][0] for one in group]}
+            for group in [*zip(*[drawn] * size)][:SAMPLES]]
 
 
 def clean(answer):
     """The answer alone, or "" if there is none: GSM8K writes a solution before it, OlympiadBench a list
     around it."""
     parts = answer if isinstance(answer, list) else [answer]
-    known = all(type(part) in (str, int, float) for part in parts)
+    known = {*map(type, parts)} <= {str, int, float}
     return ", ".join(map(str, parts)).split("####")[-1].strip() if known else ""
 
 
 def from_file(path):
     """(where it stands, row) of each line of a JSONL file."""
-    for number, line in enumerate(read_text(path, "data file").lstrip("\ufeff").split("\n"), start=1):
+    for number, line in enumerate(read_text(path, "data file").lstrip("\ufeff").split("\n"), 1):
         where = f"line {number} of {path!r}"
         if not line.strip():
             continue
@@ -262,10 +262,9 @@ def near(gold, answer, errors):
 def number(text):
     """The number that a text gives (x = 2 gives 2, and x < 2 none), or nan."""
     from math_verify import errors, utils
-    from sympy import Eq
     try:
         value = parsed(text)[0]
-        return utils.timeout(PATIENCE)(float)(value.rhs if isinstance(value, Eq) else value)
+        return utils.timeout(PATIENCE)(float)(value.rhs if value.is_Equality else value)
     except (Exception, errors.TimeoutException):  # sympy's errors differ with what is no number
         return float("nan")
 

@@ -271,7 +271,7 @@ def test_budgets_may_be_added(without_loading, tmp_path, monkeypatch, capsys):
     assert "[OK]" not in said.out and "2 of 2 runs failed" in said.err and "other budgets" in said.err
     assert call(["--report", str(path)]) == 0
     said = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "method runs 2 baseline" in said
+    assert "method runs 1 2 baseline" in said
 
 
 def test_a_debate_keeps_its_budgets(without_loading, tmp_path, capsys):
