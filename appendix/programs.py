@@ -68,7 +68,7 @@ def tests_of(row):
 # Calls a function of the program (LeetCode's are methods of Solution) with a JSON value per line.
 CALL = """
 import json as _json, sys as _sys
-_given = [_json.loads(line) for line in _sys.stdin.read().splitlines() if line.strip()]
+_given = [_json.loads(line) for line in _sys.stdin.read().split("\\n") if line.strip()]
 _called = getattr(Solution() if "Solution" in globals() else _sys.modules["__main__"], {function!r})
 print(_json.dumps(_called(*_given)))
 """
@@ -82,6 +82,7 @@ from math import *
 from builtins import *
 import collections, itertools, functools, heapq, bisect, math, re, string, random, sys, operator
 sys.setrecursionlimit(50000)
+exit = quit = sys.exit
 """
 
 
@@ -114,7 +115,7 @@ def run(program, given):
         try:
             done = subprocess.run(box, input=given.encode(), stdout=printed, stderr=subprocess.DEVNULL,
                                   timeout=SECONDS, start_new_session=True, check=False)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, UnicodeEncodeError):  # (half of a pair of surrogates)
             return None
         printed.seek(0)
         return None if done.returncode else printed.read(OUTPUT).decode(errors="replace")
