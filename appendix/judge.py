@@ -11,6 +11,7 @@ OPENAI_API_KEY; pip install openai). A judge that cannot put our own six convers
 
     python appendix/judge.py limo.jsonl --model Qwen/Qwen3-8B --device cuda --out levels.jsonl
 """
+import hashlib
 import json
 import os
 import sys
@@ -81,7 +82,7 @@ reached, a number from 1 to 6 within \boxed{{}}."""
 VOTES = 3
 SYNC = {"self-consistency": "no sync", "vote": "no sync", "interleaved": "step-wise", **dict.fromkeys(
     ("hogwild", "contiguous", "no-check", "re-encode"), "token-wise")}  # teams (in one stage), by method
-ROW = {"method": str, "problem": int, "seed": int, "levels": [(int, None)]}
+ROW = {"method": str, "problem": int, "seed": int, "text": str, "levels": [(int, None)]}  # text: a hash
 
 
 @dataclass
@@ -148,17 +149,26 @@ def remote(options):
             said = client.chat.completions.create(
                 model=options.model, messages=[{"role": "user", "content": prompt}], seed=seed,
                 max_tokens=options.verdict_tokens)
-        except OpenAIError as error:
+            return said.choices[0].message.content or ""
+        except (OpenAIError, AttributeError, IndexError, TypeError) as error:  # (nothing may be said)
             raise ValueError(f"the judge at {options.endpoint} did not answer: "
                              f"{command.first_line(error)}") from error
-        return said.choices[0].message.content or ""
     return judge
 
 
 def levels(judge, problem, texts, seed):
-    """What the judge says of a run, VOTES times: a list of levels; None: a verdict without one."""
+    """What the judge says of a run, VOTES times: a list of levels; None: a verdict without one, or the
+    run is too long for this judge."""
     prompt = RULES.format(levels=LEVELS, problem=problem, text=page(texts))
-    return [level_of(judge(prompt, seed + vote)) for vote in range(VOTES)]
+    try:
+        return [level_of(judge(prompt, seed + vote)) for vote in range(VOTES)]
+    except generate.TooLong:
+        return [None] * VOTES
+
+
+def judged(row):
+    """What a verdict is about: a run, and a hash of what was written in it."""
+    return results.key_of(row), hashlib.sha256(json.dumps(row["text"]).encode()).hexdigest()[:12]
 
 
 # -------------------------------------------------------------------------------------- the command line
@@ -185,7 +195,8 @@ def report(rows, png):
     bars = {name: (sum(map(len, found.values())), *curves.difference([*map(mean, found.values())], 0))
             for name, found in table.items()}
     for name, (count, middle, low, high) in bars.items():
-        print(f"{name:30}{count:6}{middle:8.2f}{f'{low:.2f} – {high:.2f}':>18}")
+        wide = f"{low:.2f} – {high:.2f}" if len(table[name]) > 1 else "too few problems"
+        print(f"{name:30}{count:6}{middle:8.2f}{wide:>18}")
     if png and bars:
         from matplotlib.figure import Figure
         figure = Figure(figsize=(7, 4), layout="constrained")
@@ -226,13 +237,15 @@ def main(argv=None):
     about |= {f"judged_{name}": header[name] for name in ("model", "task", "data")}
     console = Console()
     with journal.Journal(options.out, "levels", about, ROW, durable=True) as out:
-        done = {results.key_of(row) for row in out.rows}
-        todo = [row for row in rows if results.key_of(row) not in done]
+        done = {(results.key_of(row), row["text"]) for row in out.rows}
+        todo = [row for row in rows if judged(row) not in done]
         judge = judge(options) if todo else None
         for row in track(todo, "judging", console=console, disable=not console.is_terminal):
             found = levels(judge, problems[row["problem"]]["question"], row["text"], options.seed)
-            out.add({name: row[name] for name in ("method", "problem", "seed")} | {"levels": found})
-        report(out.rows, options.png)
+            out.add({**{name: row[name] for name in ("method", "problem", "seed")},
+                     "text": judged(row)[1], "levels": found})
+        given = {*map(judged, rows)}
+        report([row for row in out.rows if (results.key_of(row), row["text"]) in given], options.png)
     return 0
 
 

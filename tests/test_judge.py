@@ -87,6 +87,41 @@ def test_a_model_of_transformers_judges(runs, monkeypatch):
     assert (runs.parent / "notes.png").read_text() == "my notes"
 
 
+def test_a_run_that_is_too_long_for_the_judge_has_no_level(runs, monkeypatch, capsys):
+    """The others are judged; it is said to have none, and is not tried again."""
+    model, seen = tiny("llama"), []
+    monkeypatch.setattr(models, "prepared", lambda *_: seen.append(1) or (model, tokenizer()))
+    monkeypatch.setattr(model.config, "max_position_embeddings", 2500)
+    header, *rows = map(json.loads, runs.read_text().splitlines())
+    rows[0]["text"][0] *= 2000
+    runs.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
+    words = tokenizer()("\\boxed{4}.<|im_end|>").input_ids
+    monkeypatch.setattr(judge.generate.Hogwild, "sample", lambda run, _: [words[len(run.passes)]])
+    out = runs.parent / "levels.jsonl"
+    assert call(runs, "--out", out) == 0 == call(runs, "--out", out) and seen == [1]
+    levels = [json.loads(line)["levels"] for line in out.read_text().splitlines()[1:]]
+    assert levels == [[None] * 3] + [[4] * 3] * 5
+    assert re.search(r"hogwild:2 token-wise +1 +4.00 +too few problems", capsys.readouterr().out)
+
+
+def test_other_runs_have_other_verdicts(runs, monkeypatch, capsys):
+    """What was judged is known by its text: of another evaluation with the same names nothing is taken
+    over, and the table is about the files that are given."""
+    shown = []
+    monkeypatch.setattr(judge, "local", lambda options: lambda prompt, seed: shown.append(prompt) or (
+        f"\\boxed{{{2 if 'Quite another' in prompt else 5}}}"))
+    out, other = runs.parent / "levels.jsonl", runs.parent / "other.jsonl"
+    header, first, second, *_ = runs.read_text().splitlines(keepends=True)
+    other.write_text(header + first.replace("I add.", "Quite another thing.") + second)
+    assert call(runs, "--out", out) == 0 and len(shown) == 18
+    capsys.readouterr()
+    assert call(other, "--out", out) == 0 and len(shown) == 21
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in table[1:]] == [["hogwild:2", "token-wise", "2", "3.50"]]
+    assert call(runs, "--out", out) == 0 and len(shown) == 21
+    assert re.search(r"hogwild:2 token-wise +2 +5\.00", capsys.readouterr().out)
+
+
 def test_a_verdict_is_read_at_its_end(monkeypatch):
     r"""A judge that goes on behind a \boxed{} is heard out, as one behind an endpoint is."""
     monkeypatch.setattr(models, "prepared", lambda *_: (tiny("llama"), tokenizer()))
@@ -144,8 +179,9 @@ class Stand(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(asked)
         message = {"role": "assistant", "content": "I think \\boxed{4}"}
+        choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
         body = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"],
-                           "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+                           "choices": getattr(self.server, "choices", choices)})
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
@@ -163,6 +199,17 @@ def test_a_server_may_judge(runs, capsys):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/v1"
     assert call(runs, "--endpoint", url, "--model", "some-model") == 0
+    for server.choices in ([], None, [{"index": 0, "message": None, "finish_reason": "length"}]):
+        assert call(runs, "--endpoint", url, "--model", "some-model") == 2
+        said = capsys.readouterr()
+        assert "did not answer" in said.err and said.err.count("\n") == 1
+        server.asked = server.asked[:18]
+    server.choices = [{"index": 0, "message": {"role": "assistant", "content": None}}]
+    assert call(runs, "--endpoint", url, "--model", "some-model") == 0
+    server.asked = server.asked[:18]
+    del server.choices
+    assert call(runs, "--endpoint", url, "--model", "some-model") == 0 and len(server.asked) == 36
+    server.asked = server.asked[:18]
     server.shutdown()
     server.server_close()
     assert "4.00" in capsys.readouterr().out and len(server.asked) == 18
