@@ -193,8 +193,8 @@ def test_parts_are_worked_on_beside_the_writer(toy, monkeypatch):
 def test_a_box_before_a_join_is_not_forgotten(toy, monkeypatch):
     """What the writer says before it waits, in the same step, is its own; what it is given is not."""
     run, = methods.fork_join(start_with(toy, max_passes=400), PROBLEM, None)
-    coming, filler = iter(run.encode("It is \\boxed{7}. <part>3 + 4</part><join/>")), run.encode(" so")[0]
-    part = iter(run.encode("It is \\boxed{8}.\n\n"))
+    coming = iter(run.encode("It is \\boxed{7}. <part>3 + 4</part><join/>"))
+    filler, part = run.encode(" so")[0], iter(run.encode("It is \\boxed{8}.\n\n"))
     monkeypatch.setattr(run, "sample", lambda _: [next(coming if w.name == "Alice" else part, filler)
                                                   for w in run.next_writers()])
     while not run.joined:

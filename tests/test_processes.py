@@ -76,7 +76,8 @@ def test_two_processes_killed_again_and_again(tmp_path, monkeypatch, capfd, gree
     monkeypatch.setattr(evaluation.tasks, "mark", lambda answer, _: (0.0, bool(answer)))
     arguments = ["--model", models.BUNDLED, "--task", "own", "--methods", "baseline", "hogwild:2",
                  "hogwild:3", "vote:1" if greedy else "vote:2", "--limit", "6", "--budgets", "3", "9",
-                 "--answer-tokens", "2", "--batch", "8", "--device", "cpu", *["--greedy"] * greedy, "--out"]
+                 "--answer-tokens", "2", "--batch", "8", "--device", "cpu", *["--greedy"] * greedy,
+                 "--out"]
     assert call([*arguments, str(tmp_path / "calm.jsonl")]) == 0
     path, chance, killed, written = tmp_path / "killed.jsonl", random.Random(kills), 0, []
     for _ in range(kills):

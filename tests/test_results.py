@@ -102,8 +102,9 @@ def test_what_makes_no_result_is_refused(call, monkeypatch, capsys, arguments, w
     case = {"input": "1", "output": "1", "testtype": "stdin"}
     with open("old.jsonl", "w") as file:
         file.write(json.dumps({
-            "question_content": "Add.", "contest_date": "2023-01-01", "starter_code": "", "metadata": "{}",
-            "public_test_cases": json.dumps([case]), "private_test_cases": "[]"}))
+            "question_content": "Add.", "contest_date": "2023-01-01", "starter_code": "",
+            "metadata": "{}", "public_test_cases": json.dumps([case]),
+            "private_test_cases": "[]"}))
     assert call(*RUN, "--out", "out.jsonl", *arguments) == 2
     said = capsys.readouterr()
     assert words in said.err and said.err.count("\n") == 1 and not said.out

@@ -98,8 +98,8 @@ def test_answers_are_graded_as_a_person_would():
     ("1, 2, 3", ["1", "2"], 2 / 3), ("1, 2, 7, 1, 2", ["1", "2"], 0.4), ("1, 2, ", ["1", "2"], 1),
     ("\\$18,\\$3,1/2,5\\%,x", ["18", "3", "0.5", "5", "7"], 0.8), ("answer1=18, 3", ["18", "3"], 1)])
 def test_lists_are_graded_position_by_position(answer, golds, score):
-    """The paper's per-question score; a comma may also stand between thousands. Who gives more answers than
-    there are questions has no full score."""
+    """The paper's per-question score; a comma may also stand between thousands. Who gives more answers
+    than there are questions has no full score."""
     assert tasks.grade(answer, golds) == (pytest.approx(score), True)
 
 
