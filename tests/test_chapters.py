@@ -51,13 +51,13 @@ def tokens(path):
 
 def test_the_house_is_small():
     """Chapters: 17,500 tokens together; what they stand on in the appendix: 15,550; what they make
-    possible: 16,700; what only GPUs need: 2,400, only courses: 5,200, only who joins in: 1,600; no file
+    possible: 16,900; what only GPUs need: 2,400, only courses: 5,200, only who joins in: 1,600; no file
     over 450 lines, no line over 105 columns."""
     assert 10_000 < sum(map(tokens, CHAPTERS)) <= 17_500
     others = {*POSSIBLE, *FOR_GPUS, *FOR_COURSES, *JOINING}
     assert sum(map(tokens, {*APPENDIX} - others)) <= 15_550 and others < {*APPENDIX}
     assert sum(map(tokens, FOR_GPUS)) <= 2_400 and sum(map(tokens, FOR_COURSES)) <= 5_200
-    assert sum(map(tokens, POSSIBLE)) <= 16_700 and sum(map(tokens, JOINING)) <= 1_600
+    assert sum(map(tokens, POSSIBLE)) <= 16_900 and sum(map(tokens, JOINING)) <= 1_600
     for path in [*CHAPTERS, *APPENDIX, *(f"tests/{path.name}"
                                          for path in (ROOT / "tests").glob("*.py"))]:
         lines = (ROOT / path).read_text().splitlines()
