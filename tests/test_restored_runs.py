@@ -7,7 +7,6 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import ROOT
 from helpers import EVENTS, LOOPS, PROBLEM, happen, often, random_model, runs, settings_for, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,10 +147,12 @@ def test_the_command_line_goes_on_with_what_was_killed(smollm, tmp_path, monkeyp
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """(the arguments of a short run of the appendix's team, the lines of its trace)."""
+    """(the arguments of a short run of a tiny model, the lines of its trace)."""
     folder = tmp_path_factory.mktemp("saved")
+    for part in (random_model("llama"), tokenizer()):
+        part.save_pretrained(folder / "model")
     (folder / "prompt.txt").write_text("{problem}")
-    arguments = ["A: 43\nB: 16\nC: 77", "--model", ROOT / "appendix" / "team", "--greedy",
+    arguments = ["A: 43\nB: 16\nC: 77", "--model", folder / "model", "--greedy",
                  "--check-every", 0, "--prompt", folder / "prompt.txt", "--max-passes", 8]
     assert call(*arguments, "--save", folder / "trace.jsonl") == 0
     return arguments, rows(folder / "trace.jsonl")
