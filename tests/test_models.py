@@ -371,10 +371,12 @@ def test_wrong_or_slow_ways_are_not_taken(monkeypatch):
 def test_memory_is_what_nobody_uses_yet(monkeypatch):
     """Of the machine, where chapter 7 asks and where copies of weights are made; 0 where nobody says."""
     psutil = pytest.importorskip("psutil")
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=77, free=5, total=99))
+    said = SimpleNamespace(available=77, free=5, total=99)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: said)
     assert products.available_memory() == models.free_memory("cpu") == 77
     monkeypatch.setitem(sys.modules, "psutil", None)
-    assert products.available_memory() == 0 and not changed(products.fast_products(linears(torch.float32)))
+    assert products.available_memory() == 0
+    assert not changed(products.fast_products(linears(torch.float32)))
 
 
 LIMITED = """
