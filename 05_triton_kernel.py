@@ -175,8 +175,9 @@ def merge(out, results, peaks, totals, chunks, splits, GROUP: tl.constexpr, DV: 
     part = load(results + cells[:, None] * DV + c, (s < splits)[:, None] & (c < DV))  # [SPLITS, PIECE]
     chunks += chunk * 6
     m, new, token = tl.load(chunks) + tl.program_id(0) % M, tl.load(chunks + 1), tl.load(chunks + 2)
+    part = tl.where(m < GROUP * new, part, 0)  # there is a query: `kernel` has written its results
     fade = tl.exp2(peak - tl.max(peak, 0))
-    result = tl.where(m < GROUP * new, tl.sum(fade[:, None] * part, 0) / tl.sum(fade * total, 0), 0)
+    result = tl.sum(fade[:, None] * part, 0) / tl.sum(fade * total, 0)
     out += ((token + m % new) * tl.num_programs(1) * GROUP + head * GROUP + m // new) * DV
     tl.store(out + c, result.to(out.dtype.element_ty), mask=(m < GROUP * new) & (c < DV))
 
@@ -197,8 +198,7 @@ def constants(group, new, size, wide, rows, rotation, window, dtype, most):
     """What the kernel is compiled for: given G, N, D, Dv, B, the Rope, the window, the keys' dtype, and
     the most queries of a program.
 
-    N and B count only through the sizes of tiles. bfloat16 products are float32 products in the
-    interpreter, where they would be wrong.
+    N and B count only through sizes of tiles. (In the interpreter bfloat16 products would be wrong.)
     """
     rotated = 2 * len(rotation.inv_freq)  # R
     rest, last = size - rotated, rotation.rotates_last
@@ -229,8 +229,8 @@ def processors(device):
     if device.type != "cuda":
         return PROGRAMS_IN_THE_INTERPRETER, 64, {}
     found = torch.cuda.get_device_properties(device)
-    memory = getattr(found, "shared_memory_per_block_optin", 49152)
-    return found.multi_processor_count, *options(found.major, memory)
+    return found.multi_processor_count, *options(
+        found.major, getattr(found, "shared_memory_per_block_optin", 49152))
 
 
 @functools.cache
