@@ -154,13 +154,18 @@ class Line:
 
     def __enter__(self):
         atexit.register(self.__exit__)  # whatever interrupts us, the terminal is left as it was
-        self.thread.start()
-        self.begun.wait()
-        self.printing.enter_context(self.patch())  # what others print does not spoil the picture
+        try:
+            self.thread.start()
+            self.begun.wait()
+            self.printing.enter_context(self.patch())  # what others print does not spoil the picture
+        except BaseException:  # Ctrl-C, pressed at once
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *failure):
         self.over = True
+        self.begun.wait(1)  # what has not begun cannot be ended
         self.printing.close()
         with contextlib.suppress(AttributeError, RuntimeError):  # it has ended by itself
             self.app.loop.call_soon_threadsafe(self.app.exit)

@@ -138,6 +138,19 @@ def test_the_terminal_is_as_it_was(started, tmp_path, others, prepare, end, code
     assert len(passes) == {0: int(others[-1]) if others else 0, 1: 30}.get(code, len(passes))
 
 
+def test_interrupted_while_it_begins(started):
+    """The terminal is as it was, also if Ctrl-C comes before the first picture."""
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def prepare():
+        import_module("prompt_toolkit.patch_stdout").patch_stdout = interrupted
+    with started(prepare=prepare) as terminal:
+        assert terminal.wait() == 130 and terminal.restored
+    before, page, last = terminal.raw.decode().rpartition("\x1b[?1049l")
+    assert page and "\x1b[?1049h" in before and "interrupted; what was saved is kept" in last
+
+
 @pytest.mark.parametrize("plain, prepare", [
     (True, lambda: None), (False, lambda: setattr(sys, "stdin", open("/dev/null"))),
     (False, lambda: sys.modules.update(prompt_toolkit=None))], ids=["plain", "stdin", "no library"])
