@@ -38,6 +38,7 @@ from appendix import (  # noqa: E402
     ideal_team,
     journal,
     models,
+    products,
     puzzles,
     tasks,
 )
@@ -184,7 +185,7 @@ def measure(options, console):
         for untaught in (False, True):
             todo = [key for key in wanted if key[0].startswith("untaught") == untaught]
             if todo:
-                model = models.load(base)[0] if untaught else taught
+                model = products.fast_products(models.load(base)[0] if untaught else taught)
                 told = {"greedy": True} if untaught else adapters.settings(options.model)
                 rows = solved(todo, options, model, tokenizer, told)
                 for row in track(rows, "teams at work", len(todo), disable=not console.is_terminal):
