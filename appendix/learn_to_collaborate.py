@@ -10,17 +10,19 @@ adapts the model to write what they wrote. There is no code for collaboration in
     torchrun --nproc-per-node 2 appendix/learn_to_collaborate.py --train collaborator2
 """
 import json
+import os
 import random
 import sys
+import tempfile
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from appendix import adapters, command, ideal_team, models, puzzles, recording, training  # noqa: E402
+from appendix import adapters, command, ideal_team, journal, models, puzzles, recording  # noqa: E402
 from appendix.command import option  # noqa: E402
 
 query_rotation = import_module("04_query_rotation")
@@ -45,6 +47,7 @@ KEEP_EVERY = 20  # steps between two checkpoints
 RATE, WARM_UP = 2e-3, 25  # half the rate, if it begins with an adapter
 GROWING = 0.3  # problems grow to their full size in this share of the steps (of a first training)
 RANK = 16  # of the adapter
+WEIGHTS = "adapter_model.safetensors"  # peft calls the file so
 MISTAKES = 0.3  # of the teams that share a list, this share contains one
 TIES = 8  # of so many teams, half of the lessons take the one in which most claim in the same pass
 SLIPS = 0.4  # how often somebody slips, where one may
@@ -93,31 +96,85 @@ def lesson(model, tokenizer, chance, progress):
 
 
 def train(folder, seed, steps, start=None):
-    """Train an adapter, or go on from the folder's checkpoint (see training.py). start: such a one."""
+    """Train an adapter, or go on from the folder's last checkpoint as if nothing had happened: what is
+    drawn for a step depends on the seed, the step and the process alone.
+
+    AdamW on the mean gradient of all processes (torchrun's); the rate rises while it warms up, and
+    falls to 0 in proportion. start: the folder of an adapter to begin with, or None.
+
+    Raises:
+        ValueError: the folder holds a finished training, or one with other settings, or another file.
+    """
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    checkpoint = folder / "checkpoint.pt"
+    if (folder / WEIGHTS).exists() and not checkpoint.exists():
+        raise ValueError(f"{str(folder)!r} has trained weights already; name another folder")
+    about = {"seed": seed, "steps": steps, "processes": processes}
+    if start:
+        about["start"] = adapters.notes(start)["training"]
+    folder.mkdir(parents=True, exist_ok=True)
+    if processes > 1:
+        dist.init_process_group("gloo")
+    torch.manual_seed(seed)
+    model, tokenizer = models.load()
+    ropes, adapted = query_rotation.attach(model), adapter(model, start)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    begun = [parameter.detach().clone() for parameter in parameters] if start else parameters
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0)
+    fast = model.device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+    path = None if rank else str(folder / "log.jsonl")
+    with journal.Journal(path, "training", about, {"step": int, "loss": float}) as log:
+        taken = restore(checkpoint, parameters, optimizer)
+        for step in range(taken + 1, steps + 1):
+            chance = random.Random(f"{seed} {step} {rank}")
+            recordings = lesson(model, tokenizer, chance, 1 if start else step / steps)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=fast):
+                loss = recording.loss(model, ropes, recordings, frugal=False)
+            optimizer.zero_grad()
+            (loss / processes).backward()
+            for parameter in parameters if processes > 1 else ():
+                dist.all_reduce(parameter.grad)
+            torch.nn.utils.clip_grad_norm_(parameters, 1)
+            rate = (RATE / 2 if start else RATE) * min(1, step / WARM_UP) * (1 - step / (steps + 1))
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            if rank == 0 and (step % KEEP_EVERY == 0 or step == steps):
+                log.add({"step": step, "loss": loss.item()})
+                with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+                    torch.save([step, [p.detach() for p in parameters], optimizer.state_dict()], file)
+                os.replace(file.name, checkpoint)
+                print(f"step {step}: loss {loss:.4f}", flush=True)
+        if rank == 0:
+            keep(adapted, folder, parameters, begun, about)
+            checkpoint.unlink()
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+def adapter(model, start):
+    """Give the model an adapter, with the weights of the one in the folder `start` unless it is None."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    before = {"start": adapters.notes(start)["training"]} if start else {}
+    adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+    if start:
+        set_peft_model_state_dict(adapted, load_file(adapters.folder_of(start) / WEIGHTS))
+    return adapted
 
-    def build():
-        model, tokenizer = models.load()
-        ropes = query_rotation.attach(model)
-        adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-        adapted = get_peft_model(model, adapter)
-        if start:
-            weights = load_file(adapters.folder_of(start) / "adapter_model.safetensors")
-            set_peft_model_state_dict(adapted, weights)
-        fast = model.device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
-        def loss_of(chance, progress):
-            recordings = lesson(model, tokenizer, chance, 1 if start else progress)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=fast):
-                return recording.loss(model, ropes, recordings, frugal=False)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        begun = [parameter.detach().clone() for parameter in parameters] if start else parameters
-        return parameters, loss_of, partial(keep, adapted, folder, parameters, begun)
-    training.train(folder, seed, steps, build, "adapter_model.safetensors", RATE / 2 if start else RATE,
-                   WARM_UP, KEEP_EVERY, before)
+def restore(checkpoint, parameters, optimizer):
+    """Load a checkpoint, if there is one. Returns the number of steps that were taken."""
+    try:
+        steps, weights, moments = torch.load(checkpoint, weights_only=True)
+        with torch.no_grad():
+            for parameter, weight in zip(parameters, weights, strict=True):
+                parameter.copy_(weight)
+        optimizer.load_state_dict(moments)
+        return steps
+    except FileNotFoundError:
+        return 0
+    except Exception as error:  # of any kind: it may be any file
+        raise ValueError(f"{str(checkpoint)!r} is no checkpoint of this training; delete it") from error
 
 
 def keep(adapted, folder, parameters, begun, about):

@@ -43,7 +43,8 @@ def asked_at(row, budgets):
 
 def files_of(path):
     """The files of an evaluation: the one of that name, and those of other processes beside it."""
-    return [path] * os.path.exists(path) + sorted(glob.glob(f"{glob.escape(path)}.rank*-of-*"))
+    own = [path] if os.path.exists(path) else []
+    return own + sorted(glob.glob(f"{glob.escape(path)}.rank*-of-*"))
 
 
 def read(files, header=None):
@@ -74,8 +75,8 @@ def summary(rows, budgets):
     common = set.intersection(*done)  # of (problem, seed)
     if not common:
         raise ValueError("there is no problem yet that all methods have done: nothing to compare")
-    rows = [row for row in rows if key_of(row)[1:] in common]
-    return {name: figures([row for row in rows if row["method"] == name], budgets) for name in names}
+    return {name: figures([row for row in rows if row["method"] == name and key_of(row)[1:] in common],
+                          budgets) for name in names}
 
 
 def figures(rows, budgets):

@@ -52,7 +52,7 @@ def changed(file, old, new):
 
 def milliseconds(function, *arguments):
     """Median time of a call, the best of three: others may use the machine meanwhile."""
-    return min(query_rotation.milliseconds(function, arguments) for _ in "123")
+    return min(query_rotation.milliseconds(function, arguments) for _ in range(3))
 
 
 def collaboration(passes, between=lambda run: None, **others):
@@ -276,7 +276,7 @@ def answer_5_3():
     kernel = import_module("05_triton_kernel")
     wrong = changed("05_triton_kernel.py", "fade = tl.exp2(peak - higher)[:, None]",
                     "fade = tl.exp2(peak - peak)[:, None]")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k, v, tables = query_rotation.example(300, 2, heads=1, group=2)
     for size in (0.01, 1, 4):
         exact = query_rotation.attention_spec(size * q, k, v, tables, HEAD, 0.125)

@@ -195,9 +195,9 @@ EVALUATE = [
     ("an unpaired difference", CURVES, "pairs = np.subtract(scores, baseline)",
      "pairs = np.subtract(scores, np.sort(baseline))", tests("curves", "differences")),
 ]
-PUZZLES, TEAM, LEARN, TRAINING, ADAPTERS, COMPARE, MOVED, DEMO = (
-    f"appendix/{name}.py" for name in ("puzzles", "ideal_team", "learn_to_collaborate", "training",
-                                       "adapters", "compare_teams", "moved_steps", "demo"))
+PUZZLES, TEAM, LEARN, ADAPTERS, COMPARE, MOVED, DEMO = (
+    f"appendix/{name}.py" for name in ("puzzles", "ideal_team", "learn_to_collaborate", "adapters",
+                                       "compare_teams", "moved_steps", "demo"))
 TEACHING = [
     ("what is tested is trained on", PUZZLES, 'if for_tests(name, numbers) == (use == "test") and',
      "if", tests("puzzles", "nothing_is_trained_on")),
@@ -221,10 +221,10 @@ TEACHING = [
      tests("ideal_team", "mistake")),
     ("mistakes are not mended in the answer", TEAM, "while written != done:", "while written is None:",
      tests("ideal_team", "mistake")),
-    ("a gradient of one process", TRAINING, "dist.all_reduce(parameter.grad)", "pass",
+    ("a gradient of one process", LEARN, "dist.all_reduce(parameter.grad)", "pass",
      tests("learn_to_collaborate", "two_processes")),
-    ("a stopped training begins with other lessons", TRAINING, 'random.Random(f"{seed} {step} {rank}")',
-     'random.Random(f"{seed} {step - begun} {rank}")', tests("learn_to_collaborate", "goes_on")),
+    ("a stopped training begins with other lessons", LEARN, 'random.Random(f"{seed} {step} {rank}")',
+     'random.Random(f"{seed} {step - taken} {rank}")', tests("learn_to_collaborate", "goes_on")),
     ("a training that forgets what it began with", LEARN, ".lerp(before, 0.5)", "",
      tests("learn_to_collaborate", "half_way")),
     ("an adapter that is not added", ADAPTERS, ".merge_and_unload()", ".unload()",

@@ -16,7 +16,7 @@ CHAPTERS = sorted(path.name for path in ROOT.glob("0[0-9]_*.py"))
 APPENDIX = sorted(f"appendix/{path.name}" for path in (ROOT / "appendix").glob("*.py"))
 POSSIBLE = [f"appendix/{name}.py" for name in (
     "compare_teams", "demo", "drawings", "encode_run", "ideal_team", "judge", "learn_to_collaborate",
-    "methods", "moved_steps", "programs", "puzzles", "training")]
+    "methods", "moved_steps", "programs", "puzzles")]
 FOR_GPUS = ["appendix/small_kernels.py"]
 FOR_COURSES = ["appendix/exercises.py", "appendix/solutions.py"]
 JOINING = ["appendix/guests.py", "appendix/join_in.py"]

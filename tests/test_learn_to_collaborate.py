@@ -139,16 +139,27 @@ def test_a_training_begins_with_an_adapter(small, tmp_path, monkeypatch, capsys)
 
 
 def test_it_ends_half_way_between_two_adapters(small, tmp_path, monkeypatch):
-    """The one that it began with, and the one that it became."""
+    """The one that it began with, and the one that it became; also if it was stopped in between."""
     learn.train(tmp_path / "first", 0, 4)
-    keep, became = learn.keep, {}
+    keep, lesson, became, calls = learn.keep, learn.lesson, {}, []
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise RuntimeError("somebody needs the machine")
+        return lesson(*arguments)
 
     def spy(adapted, *others):
         became.update((name, weight.detach().clone()) for name, weight in adapted.named_parameters()
                       if weight.requires_grad)
         keep(adapted, *others)
     monkeypatch.setattr(learn, "keep", spy)
+    monkeypatch.setattr(learn, "lesson", stop)
+    monkeypatch.setattr(learn, "KEEP_EVERY", 3)
+    with pytest.raises(RuntimeError, match="somebody"):
+        learn.train(tmp_path / "second", 1, 4, str(tmp_path / "first"))
     learn.train(tmp_path / "second", 1, 4, str(tmp_path / "first"))
+    assert len(calls) == 5
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors")
                      for name in ("first", "second"))
     moved = 0
