@@ -320,7 +320,7 @@ def largest_errors(device, splits, dtype=torch.float32):
     rest = tables, rope.inverse_frequencies(LlamaConfig(head_dim=64)), 0.125
     exact = query_rotation.attention_spec(*(x.float() for x in tensors), *rest)  # [Hq, N, D]
     tensors = [x.to(device) for x in tensors]
-    return [(attention(*tensors, *rest, splits=s).cpu() - exact).abs().max().item() for s in splits]
+    return [rope.largest(attention(*tensors, *rest, splits=s).cpu() - exact) for s in splits]
 
 
 def check(device):
@@ -335,60 +335,60 @@ def check(device):
 class Decoder:
     """Chapter 4's `forward` with this attention: the same call, the same logits.
 
-    A pass of one run in which every writer feeds one token is captured as a CUDA graph when it occurs a
-    second time (as the end of a prompt does not), and launched as a whole from then on: Python no longer
+    A pass in which every writer feeds one token, of a shape that occurs a second time (as the end of a
+    prompt does not), is captured as a CUDA graph, and launched as a whole from then on: Python no longer
     launches a thousand kernels. What changes (ids, slots, the tables) is written over the old values
-    first, in one copy of a hundred integers. Other passes launch their kernels one by one.
-    The logits that it returns are valid until the next call.
+    first, in one copy. Other passes go kernel by kernel. The logits are valid until the next call.
     """
 
     def __init__(self, capture=None):
         self.capture = capture  # see capture_graph, which it is on GPUs if there is no other
         self.possible = True  # until a model turns out to do what cannot be captured
-        # captured: shape of the tables -> None (it occurred once), or (static, launch, logits)
+        # captured: shapes of all tables -> None (it occurred once), or (static, launch, logits)
         self.owners, self.captured = (), {}
 
     def __call__(self, model, cache, tables, ids, last):
         """One forward pass over N new tokens; arguments and result as in chapter 4."""
         owners = model, cache, cache.slots  # a cache with more slots has moved its memory
-        if self.owners != owners:
+        if self.owners != owners or len(self.captured) > 32:  # (each takes memory)
             self.owners, self.captured = owners, {}
-        wanted = self.possible and (self.capture or model.device.type == "cuda")
-        if wanted and len(tables) == 1 and len(ids) == len(last):
-            if tables[0].visible.shape in self.captured:
+        shapes = tuple(of_run.visible.shape for of_run in tables)
+        if self.possible and (self.capture or model.device.type == "cuda") and len(ids) == len(last):
+            if shapes in self.captured:
                 try:
-                    return self.launch(model, cache, *tables, ids, last)
+                    return self.launch(shapes, model, cache, tables, ids, last)
                 except RuntimeError as error:
                     self.possible = False
                     print(f"no CUDA graph of this model ({first_line(error)}): its kernels are launched "
                           "one by one", file=sys.stderr)
-            self.captured[tables[0].visible.shape] = None
+            self.captured[shapes] = None
         return query_rotation.forward(model, cache, tables, ids, last, attention)
 
-    def launch(self, model, cache, tables, ids, last):  # exercise
-        """A pass as a graph, which is captured if there is none of its shape."""
-        given = [torch.as_tensor(part) for part in (
-            ids, last, cache.new_slots, tables.start, tables.position, tables.offset, tables.visible)]
-        numbers, shape = torch.cat([part.flatten() for part in given]), tables.visible.shape  # all int64
-        if self.captured[shape] is None:
+    def launch(self, shapes, model, cache, tables, ids, last):  # exercise
+        """A pass as a graph, which is captured if there is none of these shapes of Tables."""
+        given = [torch.as_tensor(part) for part in (ids, last, cache.new_slots, *(
+            part for one in tables for part in (one.start, one.position, one.offset, one.visible)))]
+        numbers = torch.cat([part.flatten() for part in given])  # all int64
+        if self.captured[shapes] is None:
             static = numbers.to(model.device)
             pieces = static.split([part.numel() for part in given])
             run = functools.partial(run_once, model, cache, *(
                 piece.view(part.shape) for piece, part in zip(pieces, given)))
             with torch.cuda.device_of(static):
-                self.captured[shape] = static, *(self.capture or capture_graph)(run)
-        static, launch, logits = self.captured[shape]
+                self.captured[shapes] = static, *(self.capture or capture_graph)(run)
+        static, launch, logits = self.captured[shapes]
         static.copy_(numbers)
         launch()
         return logits
 
 
-def run_once(model, cache, ids, last, slots, *tables):
+def run_once(model, cache, ids, last, slots, *parts):
     """A pass from tensors alone. Its Tables are new, so what is derived from them is captured, too."""
     if "longrope" in str(getattr(model.config.get_text_config(), "rope_parameters", None)):
         raise RuntimeError("with longrope it asks the host for the length of the text")
     cache.new_slots = slots
-    return query_rotation.forward(model, cache, [layouts.Tables(*tables)], ids, last, attention)
+    tables = [layouts.Tables(*parts[i:i + 4]) for i in range(0, len(parts), 4)]
+    return query_rotation.forward(model, cache, tables, ids, last, attention)
 
 
 def capture_graph(run):
@@ -410,8 +410,8 @@ def capture_graph(run):
 
 def picture(tables, names, splits, tile=64):
     """Which program reads which tiles: a line per row of the tables, a letter per tile."""
-    rotation, device = rope.inverse_frequencies(LlamaConfig(head_dim=64)), torch.device("cpu")
-    prepared = prepare([tables], rotation, None, group=1, queries=16, tile=tile, device=device)
+    prepared = prepare([tables], rope.inverse_frequencies(LlamaConfig(head_dim=64)), None, group=1,
+                       queries=16, tile=tile, device="cpu")
     bounds = [0, *prepared[2 + TABLES.index("ends")].tolist()]
     ends = [s * bounds[-1] // splits for s in range(splits + 1)]
     letters = "".join(chr(65 + s) * (ends[s + 1] - ends[s]) for s in range(splits))  # one per tile
@@ -421,7 +421,7 @@ def picture(tables, names, splits, tile=64):
 def main():
     """Draw who reads what, and compare the kernel with chapter 4."""
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     names = ["history", "(others)", "Bob", "<...>", "Carol", "<...>", "Dave", "<...>", "(own)", "Alice"]
     print("4 workers, 1,000 tokens of history. A letter is a tile of 64 slots, and names the program "
           f"that reads it:\n\n{picture(query_rotation.example(1000, 4)[-1], names, splits=6)}\n\n"

@@ -255,20 +255,40 @@ def test_the_end_of_a_prompt_is_not_captured(monkeypatch):
     assert made == [0, 0, 0, 1]
 
 
-def test_several_runs_in_a_pass_are_launched_one_by_one(monkeypatch):
-    """Each with its own tables: what chapter 4 gives, and no graph is made of it."""
+def test_passes_of_several_runs_are_captured(monkeypatch):
+    """Each run with its own tables, which change between launches: what chapter 4 gives. The same shapes
+    in another order are another graph; if a run feeds more than a token per writer, there is none."""
     model, (ours, launches) = make("gemma3"), decoder(monkeypatch)
-    cache, logits = shared_cache.SharedCache(attend.attach(model)), []
-    blocks = [cache.block(30) for _ in range(3)]
+    cache, made = shared_cache.SharedCache(attend.attach(model)), []
+    blocks = [cache.block(60) for _ in range(3)]
     one_pass(ours, model, cache, [([block], 20) for block in blocks], range(60))
-    groups = [[([blocks[0]], 1)], [([blocks[1], blocks[2]], 1), ([blocks[2], blocks[1]], 1)]]
-    for forward in (ours, attend.forward):
-        with cache.rewound():
-            cache.reserve([(view[-1], count) for group in groups for view, count in group])
-            tables = [layouts.fill_tables(group) for group in groups]
-            logits.append(forward(model, cache, tables, [5, 6, 7], [0, 1, 2]).clone())
-    assert torch.allclose(*logits, atol=1e-5) and logits[0].abs().max() > 0.1
-    assert not graphs(ours) and not launches
+    alone, pair = [[blocks[0]]], [[blocks[1], blocks[2]], [blocks[2], blocks[1]]]
+    for now, runs in enumerate([[alone, pair]] * 4 + [[pair, alone]] * 3 + [[alone, pair]]):
+        groups, logits = [[(view, 1) for view in views] for views in runs], []
+        if now == 3:
+            groups[0] = [(alone[0], 7)]
+        counts = torch.tensor([count for group in groups for _, count in group])
+        ids = torch.randint(1, 256, (int(counts.sum()),))
+        for forward in (attend.forward, ours):
+            with cache.rewound(only_on_error=forward is ours):
+                cache.reserve([(view[-1], count) for group in groups for view, count in group])
+                tables = [layouts.fill_tables(group) for group in groups]
+                logits.append(forward(model, cache, tables, ids, counts.cumsum(0) - 1).clone())
+        assert torch.allclose(*logits, atol=1e-5) and logits[0].abs().max() > 0.1, now
+        made.append(graphs(ours))
+    assert made == [0, 1, 1, 1, 1, 2, 2, 2] and (launches is None or len(launches) == 5)
+
+
+def test_few_graphs_are_kept(monkeypatch):
+    """Each takes memory: of very many shapes, all are forgotten at times."""
+    model, (ours, _) = make("llama"), decoder(monkeypatch)
+    cache = shared_cache.SharedCache(attend.attach(model))
+    blocks, made = [cache.block(4) for _ in range(40)], []
+    monkeypatch.setattr(attend, "forward", lambda *_: torch.zeros(1))
+    for count in range(1, 41):
+        one_pass(ours, model, cache, [(blocks[:count], 1)], [5])
+        made.append(len(ours.captured))
+    assert made[:33] == [*range(1, 34)] and made[33:] == [*range(1, 8)]
 
 
 @pytest.mark.parametrize("message", ["operation not permitted while capturing\nand more", "", None])
@@ -325,4 +345,32 @@ def test_chapter_6_writes_the_same_tokens(captured, smollm, monkeypatch):
     assert {*runs[0].passes[0]["sampled"]} == {"Alice", "Bob"}
     assert sum(len(p["closed"]) for p in runs[1].passes) >= 2
     assert DEVICE == "cuda" or not captured or len(launches) >= 5
+    fused.processors.cache_clear()
+
+
+def test_runs_side_by_side_write_the_same_tokens(smollm, monkeypatch):
+    """Three runs, two at a time, whose steps end at times: as each writes alone, through chapter 4."""
+    generate, batching = import_module("06_generate"), import_module("appendix.batching")
+    monkeypatch.setattr(generate, "step_ended", lambda text, marks: len(text) > 40)
+    monkeypatch.setattr(fused, "PROGRAMS_IN_THE_INTERPRETER", 3)
+    fused.processors.cache_clear()
+    model, (ours, launches) = tiny("qwen3", num_hidden_layers=1).to(DEVICE), decoder(monkeypatch)
+
+    def written(forward, at_once):
+        cache = shared_cache.SharedCache(attend.attach(model))
+
+        def job(workers, passes):
+            told = generate.Settings(["Alice", "Bob", "Carol"][:workers], prompt="{problem}",
+                                     greedy=True, max_passes=passes, answer_tokens=2)
+            run = generate.Hogwild(model, smollm[1], "3 + 4?", told, forward, cache)
+            while run.ending is None:
+                run.take(run.sample((yield run.writers())))
+            run.release()
+            return workers, [record["sampled"] for record in run.passes]
+        jobs = (job(*how) for how in ((1, 14), (2, 20), (3, 8)))
+        return dict(batching.side_by_side(
+            jobs, lambda groups: generate.feed(model, cache, groups, forward), at_once))
+    assert written(ours, 2) == written(attend.forward, 1)
+    assert any(made and len(shapes) == 2 for shapes, made in ours.captured.items())
+    assert launches is None or len(launches) > 8
     fused.processors.cache_clear()
