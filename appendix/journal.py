@@ -43,6 +43,8 @@ class Journal:
         self.file = self.open()
         try:
             theirs, self.rows, self.whole = read(path, kind, row_shape)
+            if not self.rows:  # nothing has been done there, whatever it was meant for
+                self.whole = 0
             for key in {**theirs, **header} if self.whole else ():
                 if theirs.get(key) != header.get(key) and key not in may_differ:
                     found = f"{repr(key)[1:-1][:200]} {theirs.get(key)!r}"[:400]

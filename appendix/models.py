@@ -62,11 +62,12 @@ def best_device():
 def use_device(device):
     """Raise ValueError unless there is such a device; of several GPUs, make it the current one."""
     try:
-        torch.empty(0, device=device).cpu()  # (the device "meta" has no data)
+        somewhere = torch.empty(0, device=device)
+        somewhere.cpu()  # (the device "meta" has no data)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not available on this machine") from error
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)  # streams and graphs are made on the current one
+    if somewhere.is_cuda:  # streams and graphs are made on the current one ("cuda" has no number)
+        torch.cuda.set_device(somewhere.device)
 
 
 def free_memory(device):

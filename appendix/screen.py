@@ -5,11 +5,9 @@ the bottom. Elsewhere: a line per finished step. Run directly, it shows a trace 
 which it went:
 
     python appendix/screen.py trace.jsonl               needs no model
-    python appendix/screen.py trace.jsonl --svg FILE    writes the last picture as an SVG instead
     python appendix/screen.py trace.jsonl --html FILE   writes a page for a browser: player.html, filled
 """
 import json
-import os
 import re
 import signal
 import sys
@@ -205,7 +203,6 @@ class Stopping:
 class Arguments:
     """Of the direct run."""
 
-    svg: str | None = command.option(None, "write the last picture as an SVG to this file instead")
     html: str | None = command.option(None, "write a page for a browser to this file instead")
     plain: bool = command.option(False, "plain lines instead of the live display")
 
@@ -229,29 +226,18 @@ def main(argv=None):
     parser = command.Parser(Arguments, description=__doc__.split("\n")[0])
     parser.add_argument("trace", help="a file that 06_generate.py --save wrote")
     show, rest = parser.read(argv)
-    command.distinct(trace=rest.trace, svg=show.svg, html=show.html)
+    command.distinct(trace=rest.trace, html=show.html)
     header, rows, _ = journal.read(rest.trace, "trace", ROW)
     if not rows or "opening" not in rows[0] or not isinstance(header.get("problem"), str):
         raise ValueError(f"{rest.trace!r} holds no run yet")
     if show.html:
         write_page(show.html, [{"format": "hogwild-trace-2", **header}, *rows])
-        if not show.svg:
-            return 0
-    console = None
-    if show.svg:
-        journal.own_picture(show.svg, b"<svg")
-        console = Console(file=open(os.devnull, "w"), record=True, width=120, height=40,
-                          force_terminal=True)
-    with Screen(header["problem"], rows[0], show.plain or show.svg, console) as display:
+        return 0
+    with Screen(header["problem"], rows[0], show.plain) as display:
         for record in (row for row in rows if "fed" in row):
             display.show(record)
             if display.live:
                 time.sleep(min(max(0, record["seconds"]), 60))
-    if show.svg:
-        console.export_text()  # what was printed on the way is not in the picture
-        console.print(display.frame())
-        console.save_svg(show.svg, title="Hogwild! Inference")
-        return 0
     ends = [row for row in rows if "ending" in row] or [{"ending": "not finished", "answer": ""}]
     display.finish(ends[-1]["ending"], ends[-1]["answer"])
     return 0

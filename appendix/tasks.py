@@ -31,7 +31,7 @@ def plain_row(row):
 
 
 KINDS = {"Numerical": "a number", "Expression": "an expression", "Equation": "an equation",
-         "Tuple": "a tuple", "Interval": "an interval"}
+         "Interval": "an interval"}
 
 
 def olympiad(row):
@@ -40,11 +40,13 @@ def olympiad(row):
 
     Columns: context, question, final_answer (a list), is_multiple_answer, unit, answer_type, error.
     """
-    kind = KINDS.get(row["answer_type"])
+    kinds = [KINDS.get(kind, "") for kind in str(row["answer_type"]).split(",")]
+    alike = len({*kinds}) == 1
+    kind = ", ".join(kinds[:1] if alike else kinds) if all(kinds) else ""
+    each = f", {'each of them' if alike else 'in this order'} {kind}" if kind else ""
     wanted = f"The answer is {kind}." if kind else ""
     if row["is_multiple_answer"]:
-        wanted = (f"There are several answers{', each of them ' + kind if kind else ''}: "
-                  "give all of them, separated by commas.")
+        wanted = f"There are several answers{each}: give all of them, separated by commas."
     unit = f"It is in units of {row['unit']}; leave the unit out." if row["unit"] else ""
     parts = [row["context"] or "", row["question"], f"{wanted} {unit}"]
     answer = clean(row["final_answer"])

@@ -104,16 +104,17 @@ def test_the_command_line_solves_and_saves(saved):
 
 
 def test_a_trace_is_shown_again(saved, capsys, tmp_path):
-    """A saved run is shown without any model, word for word; or drawn."""
+    """A saved run is shown without any model, word for word; or put into a page."""
     process, path = saved
     assert call(screen.main, [str(path)]) == 0
     assert capsys.readouterr().out.strip() == process.stdout.split("[OK]")[0].strip()
-    assert call(screen.main, [str(path), "--svg", str(tmp_path / "run.svg")]) == 0
-    picture = (tmp_path / "run.svg").read_text()
-    assert "<svg" in picture and "past" in picture and "Alice" in picture
+    assert call(screen.main, [str(path), "--html", str(tmp_path / "run.html")]) == 0
+    page = (tmp_path / "run.html").read_text()
+    assert page.startswith(screen.PAGE)
+    assert all(line[1:-1] in page for line in path.read_text().splitlines())
     notes = tmp_path / "notes"
     notes.write_text("my notes")
-    for arguments in ([str(path), "--svg", str(notes)], [str(path), "--svg", str(path)], [str(notes)],
+    for arguments in ([str(path), "--html", str(notes)], [str(path), "--html", str(path)], [str(notes)],
                       ["/nowhere"]):
         assert call(screen.main, arguments) == 2 and capsys.readouterr().err.count("\n") == 1
     assert notes.read_text() == "my notes"

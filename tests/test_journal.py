@@ -96,13 +96,19 @@ def test_a_header_is_written_once(tmp_path, header):
     assert "problem" in refusal(tmp_path / "trace", {} if header else HEADER)
 
 
+def test_a_header_alone_is_nobodys_work(tmp_path):
+    """A command that ended before its first row (its model is misspelt, say) does not keep the file."""
+    written(tmp_path / "trace", [], {**HEADER, "seed": 7})
+    data = written(tmp_path / "trace", ROWS[:1])
+    assert data == written(tmp_path / "other", ROWS[:1])
+
+
 FOREIGN = ["a note", "a note\n", "\x89PNG\r\n\x1a\n\0\0", "[1, 2]\n", "{}\n", '{"format": 1}\n',
            "null\n", "\n", " ",
            '{"format": "hogwild-evaluation-2", "seed": 1}\n', '{"format": "hogwild-trace-1"}\n',
            "[" * 10**5,
            '{"seed": 1, "format": "hogwild-trace-2"}\n', '{"format": "hogwild-trace-2"} x\n',
            '{"format": "hogwild-trace-2", "a": ' + "[" * 10**5 + "\n",
-           '{"format": "hogwild-trace-2", "format": 3}\n',
            '{"format": "hogwild-trace-2"}\nmore of a note\n', '{"format": "hogwild-trace-2"\r\n',
            "\x1b[2J\n"]
 

@@ -199,7 +199,7 @@ def test_two_processes_average_their_gradients(small, tmp_path, monkeypatch):
 def test_a_training_is_not_continued_with_other_settings(small, tmp_path, capsys):
     """Seed and number of steps decide what is drawn and how fast it is learned; a folder has its own."""
     about = {"format": "hogwild-training-2", "seed": 0, "steps": 12, "processes": 1}
-    (tmp_path / "log.jsonl").write_text(json.dumps(about) + "\n")
+    (tmp_path / "log.jsonl").write_text(json.dumps(about) + '\n{"step": 4, "loss": 1.5}\n')
     assert call("--train", tmp_path, "--seed", 1, "--steps", 12) == 2
     assert "holds work with seed 0" in capsys.readouterr().err
     assert call("--train", tmp_path, "--steps", 13) == 2 and "steps 12" in capsys.readouterr().err

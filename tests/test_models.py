@@ -118,6 +118,16 @@ def test_what_cannot_be_loaded_is_refused(name, device, complaint, tmp_path, mon
     refused(complaint, models.load, str(tmp_path / name), device)
 
 
+def test_a_gpu_is_made_the_current_one(monkeypatch):
+    """By any of its names: torch's set_device does not take "cuda", which has no number."""
+    current = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(
+        is_cuda=True, device=torch.device("cuda", torch.device(device).index or 0), cpu=lambda: None))
+    models.use_device("cuda"), models.use_device("cuda:1")
+    assert current == [0, 1]
+
+
 def test_incomplete_checkpoints_are_refused(tmp_path):
     """A weight that the checkpoint lacks is not filled with random numbers; a damaged file is said to
     be one."""

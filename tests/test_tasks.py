@@ -328,7 +328,12 @@ def test_a_problem_of_an_olympiad():
     assert text.endswith("in units of m/s; leave the unit out.")
     text = olympiad(is_multiple_answer=True, answer_type="Equation")["question"]
     assert "several answers, each of them an equation: give all of them, separated by commas." in text
-    assert olympiad(answer_type="Need_human_evaluate")["question"] == "Find $x$."
+    for kinds in ("Need_human_evaluate", "Tuple", "Numerical,Tuple", None):
+        assert olympiad(answer_type=kinds)["question"] == "Find $x$."
+    for kinds, words in (("Numerical,Numerical", "each of them a number:"),
+                         ("Numerical,Expression,Numerical", "in this order a number, an expression, a "
+                          "number:"), ("Tuple,Equation", "There are several answers: give all")):
+        assert words in olympiad(is_multiple_answer=True, answer_type=kinds)["question"]
     problem = olympiad(is_multiple_answer=True, final_answer=["$1$", "$-3$"])
     assert tasks.mark("-3, 1", problem)[0] == tasks.mark("1,-3", problem)[0] == 1
     assert tasks.mark("1, 3", problem)[0] == tasks.mark("1", problem)[0] == 0
