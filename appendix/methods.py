@@ -284,6 +284,14 @@ class Fork(Samples, Stage):
         self.common = os.path.commonprefix([own[:-1], part[:-1]])
         return self.common, [own[len(self.common):]]
 
+    def enlist(self, name, ids):
+        """The one who writes, and comes first, may be given as many tokens as it writes."""
+        usual = self.capacity
+        if not self.workers:
+            self.capacity = min(usual + self.settings.max_passes, self.context)
+        super().enlist(name, ids)
+        self.capacity = usual
+
     def next_writers(self):
         """All who have not finished; but who waits for the others only if these have."""
         writers, text = Hogwild.next_writers(self), written(self)[-1]
@@ -301,7 +309,7 @@ class Fork(Samples, Stage):
 
     def take(self, tokens):
         """Let somebody begin with each part that was handed over, and give results to who waits (their
-        beginning, if its block or the context has no room for all)."""
+        beginning, if all of it would leave no room for what it may still write)."""
         record, (*others, writer) = super().take(tokens), self.workers
         texts = written(self)
         handed = re.findall(r"<part>(.*?)</part>", texts[-1], re.DOTALL)[:len(protocol.NAMES) - 1]
@@ -315,7 +323,8 @@ class Fork(Samples, Stage):
             given = re.sub("<part>|<join/>", "", "\n\n".join(results))  # (nobody's but the writer's)
             seen = sum(block.length for block in self.view(writer, final=True))
             room = min(writer.block.capacity - writer.block.length, self.context - seen)
-            ids = self.encode(f"\n{given}\n\n")[:max(0, room - len(writer.pending) - self.reserve)]
+            coming = len(writer.pending) + self.settings.max_passes - len(self.passes) + self.reserve
+            ids = self.encode(f"\n{given}\n\n")[:max(0, room - coming)]
             writer.pending, writer.ids = writer.pending + ids, writer.ids + ids
             writer.before += writer.own_text
             writer.text = self.decode(writer.ids)

@@ -220,12 +220,28 @@ def test_what_does_not_fit_is_not_given(toy, monkeypatch, others):
     while not run.joined:
         run.advance()
     writer, given = run.workers[-1], run.workers[-1].pending
-    assert len(given) > 100 and "one: so so so" in run.decode(given) and "six: " not in run.decode(given)
+    assert len(given) > 60 and "one: so so so" in run.decode(given) and "six: " not in run.decode(given)
     assert run.ending is None and isinstance(run.answer(), str)
     while run.ending is None:
         run.advance()
     assert run.ending == "passes" and isinstance(run.answer(), str)
     assert run.ids[writer.block][-30:] == [filler] * 30
+
+
+@pytest.mark.parametrize("passes", [120, 240])
+def test_what_is_given_takes_no_passes(toy, monkeypatch, passes):
+    """Six parts, a quarter of the largest budget each: the one who writes goes on to the last pass."""
+    run, = methods.fork_join(start_with(toy, max_passes=passes), PROBLEM, None)
+    words = iter(run.encode("<part>a</part><part>b</part><part>c</part><part>d</part><part>e</part>"
+                            "<part>f</part><join/>"))
+    filler = run.encode(" so")[0]
+    monkeypatch.setattr(run, "sample", lambda _: [
+        next(words, filler) if w.name == "Alice" else toy[1].eos_token_id
+        if len(w.ids) > passes // 4 else filler for w in run.next_writers()])
+    while run.ending is None:
+        run.advance()
+    assert run.joined and len(run.passes) == passes and run.ending == "passes"
+    assert sum(run.workers[-1].text.count(f"{part}:") for part in "abcdef") >= 2
 
 
 def test_a_writer_who_hands_over_nothing_is_a_sequential_run(toy):
