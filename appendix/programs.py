@@ -72,15 +72,13 @@ _given = [_json.loads(line) for line in _sys.stdin.read().split("\\n") if line.s
 _called = getattr(Solution() if "Solution" in globals() else _sys.modules["__main__"], {function!r})
 print(_json.dumps(_called(*_given)))
 """
-IMPORTS = """from typing import *
-from collections import *
-from itertools import *
-from functools import *
-from heapq import *
-from bisect import *
-from math import *
-from builtins import *
-import collections, itertools, functools, heapq, bisect, math, re, string, random, sys, operator
+# What LiveCodeBench gives to every program: these modules, and all names in them.
+IMPORTS = """_names = ("string re datetime collections heapq bisect copy math random statistics "
+          "itertools functools operator io sys json").split()
+for _name in [*_names, "builtins", "typing"]:
+    exec(f"from {_name} import *")
+for _name in _names:
+    exec(f"import {_name}")
 sys.setrecursionlimit(50000)
 exit = quit = sys.exit
 """
