@@ -2,11 +2,13 @@ r"""Appendix: programs that a model wrote, against tests (LiveCodeBench).
 
 A program is somebody else's code. So it runs in a box made by bubblewrap (https://github.com/containers/
 bubblewrap, Debian's package of that name): it sees the system's files, read-only, and an empty folder;
-no network, no other process, no file of ours; and limits of time, memory, processes, files and output
-hold for all that it starts. When the box goes, everything in it goes. What is expected never enters it:
-a program gets its input, and what it prints is compared outside.
+no network, no other process, no file of ours; and limits of time, processes, files and output hold for
+all that it starts. Memory is limited for each process, and for all of them together, whose sum is taken
+every 20th of a second. When the box goes, everything in it goes. What is expected never enters it: a
+program gets its input, and what it prints is compared outside.
 """
 import base64
+import contextlib
 import io
 import json
 import os
@@ -15,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from dataclasses import dataclass
 from decimal import Decimal
@@ -97,26 +100,45 @@ def check():
 def run(program, given):
     """What a program prints, given this standard input; None: it failed, or wanted too much."""
     root = os.geteuid() == 0  # root needs no user namespace, and hands over to nobody inside
-    box = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--new-session",
-           "--die-with-parent", "--clearenv", "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    box = ("choom -n 1000 -- "  # (where the machine's memory ends, the box goes first)
+           "bwrap --unshare-pid --unshare-net --unshare-ipc --unshare-uts --new-session "
+           "--die-with-parent --clearenv --proc /proc --dev /dev --remount-ro /dev "
+           f"--perms 1777 --size {2**28} --tmpfs /tmp --chdir /tmp").split()
     box += [] if root else ["--unshare-user", "--cap-drop", "ALL"]
     for path in ("/usr", "/lib", "/lib64", "/bin"):
         box += ["--ro-bind-try", path, path]
-    box += ["--ro-bind", sys.base_prefix, "/python"]  # (it may stand in a folder that is root's alone)
-    box += ["--perms", "1777", "--size", str(2**28), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    prefix = os.path.realpath(sys.base_prefix)  # (it may stand in a folder that is root's alone)
+    box += ["--ro-bind", prefix, "/python", "--remount-ro", "/"]
     box += ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all",
             "--no-new-privs"] if root else []
-    python = os.path.realpath(sys.executable)
+    python = os.path.realpath(sys.executable).replace(prefix, "/python")
     box += ["prlimit", f"--as={MEMORY}", f"--nproc={PROCESSES}", f"--fsize={OUTPUT}", f"--cpu={SECONDS}",
-            "--core=0", python.replace(sys.base_prefix, "/python"), "-I", "-S", "-c", program]
-    with tempfile.TemporaryFile() as printed:
+            "--core=0", python, "-I", "-S", "-c", program]
+    end = time.monotonic() + SECONDS
+    with tempfile.TemporaryFile() as read, tempfile.TemporaryFile() as printed:
+        read.write(given.encode(errors="replace"))
+        read.seek(0)
+        running = subprocess.Popen(box, stdin=read, stdout=printed, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)
         try:
-            done = subprocess.run(box, input=given.encode(), stdout=printed, stderr=subprocess.DEVNULL,
-                                  timeout=SECONDS, start_new_session=True, check=False)
-        except (subprocess.TimeoutExpired, UnicodeEncodeError):  # (half of a pair of surrogates)
-            return None
+            while time.monotonic() < end and held(running.pid) < MEMORY:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    running.wait(0.05)
+                    break
+        finally:
+            running.kill()
         printed.seek(0)
-        return None if done.returncode else printed.read(OUTPUT).decode(errors="replace")
+        return None if running.wait() else printed.read(OUTPUT).decode(errors="replace")
+
+
+def held(box):
+    """Bytes that the processes of a box hold; what they share counts for each."""
+    import psutil  # (accelerate brings it)
+    total = 0
+    for process in psutil.Process(box).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            total += process.memory_info().rss
+    return total
 
 
 def passes(code, test):

@@ -120,6 +120,8 @@ EVALUATE = [
     ("no tolerance", TASKS, "errors and near(", "False and near(", [GRADING, "-k", "may_be_off"]),
     ("tests are unpickled", PROGRAMS, "private = Plain(io.BytesIO(packed)).load()",
      "private = pickle.loads(packed)", tests("programs", "nothing_is_executed")),
+    ("children have memory of their own", PROGRAMS, " and held(running.pid) < MEMORY", "",
+     tests("programs", "all_together")),
     ("all months of LiveCodeBench", TASKS, '"2024-08-01" <=', '"2020-08-01" <=',
      tests("programs", "months")),
     ("who ends makes room for nobody", BATCHING, "islice(coming, max(0, most - len(live)))",

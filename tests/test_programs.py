@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 import uuid
 import zlib
@@ -84,10 +86,48 @@ def test_names_of_livecodebench_are_there(code, wanted):
     assert programs.passes(code, programs.Test("", wanted))
 
 
+@boxed
+def test_much_input_that_is_read_late():
+    """More than a pipe takes, long after the first look at the box."""
+    code = "time = __import__('time')\ntime.sleep(0.3)\nprint(len(stdin.read()))"
+    assert programs.passes(code, programs.Test("x" * 10**6, "1000000"))
+
+
+@boxed
+def test_python_may_stand_behind_a_link(tmp_path, monkeypatch):
+    """As uv's does."""
+    (tmp_path / "python").symlink_to(os.path.realpath(sys.base_prefix))
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path / "python"))
+    assert programs.run("print(1)", "") == "1\n"
+
+
+@boxed
+@pytest.mark.parametrize("many, printed", [(1, "1000"), (8, None)])
+def test_memory_is_that_of_all_together(monkeypatch, many, printed):
+    """What each process may have, all may not; and they are the first to go where the machine has none
+    left."""
+    monkeypatch.setattr(programs, "MEMORY", 2**28)
+    code = (f"import os, time\nfor _ in range({many}):\n    if os.fork() == 0:\n"
+            "        x = b'x' * 2**26\n        time.sleep(9)\n"
+            "time.sleep(1)\nprint(open('/proc/self/oom_score_adj').read().strip(), end='')")
+    assert programs.run(code, "") == printed
+
+
+def test_who_has_ended_holds_nothing(monkeypatch):
+    """Also when it ends between being found and being asked."""
+    psutil = pytest.importorskip("psutil")
+    ended = subprocess.Popen(["true"])
+    gone = psutil.Process(ended.pid)
+    ended.wait()
+    monkeypatch.setattr(psutil.Process, "children", lambda *_, **__: [gone, psutil.Process()])
+    assert programs.held(os.getpid()) > 2**20
+
+
 @pytest.fixture
 def quick(monkeypatch):
-    """Boxes that last a second."""
+    """Small boxes that last a second."""
     monkeypatch.setattr(programs, "SECONDS", 1)
+    monkeypatch.setattr(programs, "MEMORY", 2**29)
 
 
 def processes(mark):
@@ -106,6 +146,8 @@ HOSTILE = {
     "children that stay": "import os, time\nif os.fork() == 0: os.setsid()\ntime.sleep(99)",
     "endless output": "import sys\nwhile True: sys.stdout.write('x' * 2**20)",
     "much memory": "x = bytearray(2**36)",
+    "memory of many": "import os, time\nfor _ in range(12):\n"
+                      "    if os.fork() == 0: x = b'x' * 2**26; time.sleep(9)\ntime.sleep(0.5)",
     "files without end": "n = 0\nwhile True:\n    n += 1; open(f'{n}', 'w').write('x' * 2**20)",
     "deep recursion": "def f(): return f()\nf()",
     "killing the parent": "import os, signal\nos.kill(os.getppid(), 9)\nos.kill(-1, 9)",
@@ -147,7 +189,7 @@ import os, socket
 found = []
 for what in (lambda: open({str(secret)!r}).read(), lambda: open({str(secret)!r}, "w").write("0"),
              lambda: os.listdir({str(tmp_path)!r}), lambda: os.remove({__file__!r}),
-             lambda: open("/usr/x", "w"), lambda: open("/etc/passwd").read(),
+             lambda: open("/usr/x", "w"), lambda: open("/x", "w"), lambda: open("/etc/passwd").read(),
              lambda: socket.create_connection(("127.0.0.1", 22), 1),
              lambda: os.environ["HOGWILD_TEST_SECRET"]):
     try:
