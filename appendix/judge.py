@@ -21,7 +21,6 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -101,6 +100,9 @@ class Options(models.Options):
         """Raise ValueError, one sentence, if something makes no sense."""
         command.at_least(self, limit=1, seed=0, verdict_tokens=1)
         command.distinct(out=self.out, png=self.png)
+        if self.tensor_parallel:
+            raise ValueError("a judge runs in one process, without --tensor-parallel: --device-map auto "
+                             "spreads a large one over all GPUs, and --endpoint asks a server")
         if self.endpoint and self.model == adapters.COLLABORATOR:
             raise ValueError("--endpoint needs --model, too: which of the server's models is to judge")
 
@@ -184,24 +186,33 @@ def examples(judge, seed):
 
 
 def report(rows, png):
-    """Print, and draw, the mean level of each method with its 95 % interval."""
+    """Print, and draw, the mean level of each method with its 95 % interval; and how many of its runs
+    got no level, and are not in the mean, or got one by a single vote."""
     table = {}
     for row in rows:
-        if any(row["levels"]):
-            name = f"{row['method']} {SYNC.get(row['method'].partition(':')[0], '')}"
-            found = table.setdefault(name, {}).setdefault(row["problem"], [])
-            found.append(mean(filter(None, row["levels"])))
-    print(f"{'method':30}{'runs':>6}{'level':>8}{'95 % interval':>18}")
-    bars = {name: (sum(map(len, found.values())), *curves.difference([*map(mean, found.values())], 0))
-            for name, found in table.items()}
-    for name, (count, middle, low, high) in bars.items():
-        wide = f"{low:.2f} – {high:.2f}" if len(table[name]) > 1 else "too few problems"
-        print(f"{name:30}{count:6}{middle:8.2f}{wide:>18}")
+        name = f"{row['method']} {SYNC[row['method'].partition(':')[0]]}"
+        votes, found = table.setdefault(name, ([], {}))
+        given = [*filter(None, row["levels"])]
+        votes.append(len(given))
+        if given:
+            found.setdefault(row["problem"], []).append(mean(given))
+    print(f"{'method':30}{'runs':>6}{'no level':>10}{'one vote':>10}{'level':>8}{'95 % interval':>18}")
+    bars = {}
+    for name, (votes, found) in table.items():
+        # (0: below the levels, so that there is a place in the picture, and no bar in it)
+        middle, low, high = curves.difference([*map(mean, found.values())] or [0], 0)
+        level, wide = f"{middle:.2f}", f"{low:.2f} – {high:.2f}"
+        if len(found) < curves.FEW:
+            low, high, wide = np.nan, np.nan, "too few problems"
+        if not found:
+            level = wide = "–"
+        bars[name] = middle, low, high
+        print(f"{name:30}{len(votes):6}{votes.count(0):10}{votes.count(1):10}{level:>8}{wide:>18}")
     if png and bars:
         from matplotlib.figure import Figure
         figure = Figure(figsize=(7, 4), layout="constrained")
         axis = figure.subplots()
-        _, middle, low, high = np.array([*bars.values()]).T
+        middle, low, high = np.array([*bars.values()]).T
         axis.bar([*bars], middle, yerr=[middle - low, high - middle])
         axis.set(ylim=(1, 6), ylabel="level of collaboration (1 to 6), with 95 % intervals")
         figure.savefig(png)
@@ -233,19 +244,19 @@ def main(argv=None):
         raise ValueError(f"these are runs on {header['data'] or 'problems of the task itself'}, not on "
                          f"{label or 'those of the task itself'}: give --data as chapter 7 was given it")
     rows = [row for row in rows if row["problem"] < len(problems)]
-    about = {name: getattr(options, name) for name in ("model", "seed", "verdict_tokens")}
+    about = {name: getattr(options, name) for name in ("model", "endpoint", "dtype", "seed",
+                                                     "verdict_tokens")}
     about |= {f"judged_{name}": header[name] for name in ("model", "task", "data")}
-    console = Console()
     with journal.Journal(options.out, "levels", about, ROW, durable=True) as out:
-        done = {(results.key_of(row), row["text"]) for row in out.rows}
-        todo = [row for row in rows if judged(row) not in done]
+        known = {(results.key_of(row), row["text"]): row["levels"] for row in out.rows}
+        todo = [row for row in rows if judged(row) not in known]
         judge = judge(options) if todo else None
-        for row in track(todo, "judging", console=console, disable=not console.is_terminal):
-            found = levels(judge, problems[row["problem"]]["question"], row["text"], options.seed)
-            out.add({**{name: row[name] for name in ("method", "problem", "seed")},
-                     "text": judged(row)[1], "levels": found})
-        given = {*map(judged, rows)}
-        report([row for row in out.rows if (results.key_of(row), row["text"]) in given], options.png)
+        for row in track(todo, "judging", disable=not sys.stdout.isatty()):
+            key, text = judged(row)
+            known[key, text] = found = levels(judge, problems[row["problem"]]["question"], row["text"],
+                                              options.seed)
+            out.add(dict(zip(ROW, (*key, text, found))))
+    report([{**row, "levels": known[judged(row)]} for row in rows], options.png)
     return 0
 
 

@@ -46,7 +46,7 @@ def test_verdicts_are_read():
 
 
 def test_the_judge_sees_worker_after_worker(runs, monkeypatch, capsys):
-    """Three verdicts per run of several workers, each with another seed; the mean, and its interval."""
+    """Three verdicts per run of several workers, each with another seed, and their mean."""
     shown = []
 
     def one(options):
@@ -58,9 +58,9 @@ def test_the_judge_sees_worker_after_worker(runs, monkeypatch, capsys):
     out = runs.parent / "levels.jsonl"
     assert call(runs, "--out", out, "--png", runs.parent / "l.png") == 0
     text = capsys.readouterr().out
-    assert re.search(r"hogwild:2 token-wise +2 +5\.00 +5\.00 – 5\.00", text)
-    assert re.search(r"interleaved:2 step-wise +2 +1\.33", text)
-    assert re.search(r"self-consistency:2 no sync +2 +1\.33", text)
+    assert re.search(r"hogwild:2 token-wise +2 +0 +0 +5\.00 +too few problems", text)
+    assert re.search(r"interleaved:2 step-wise +2 +0 +0 +1\.33", text)
+    assert re.search(r"self-consistency:2 no sync +2 +0 +0 +1\.33", text)
     assert not any(name in text for name in ("baseline", "skeleton", "debate"))
     assert len(shown) == 18 and {seed for _, seed in shown} == {0, 1, 2}
     first = next(prompt for prompt, _ in shown if "I see you" in prompt)
@@ -88,7 +88,7 @@ def test_a_model_of_transformers_judges(runs, monkeypatch):
 
 
 def test_a_run_that_is_too_long_for_the_judge_has_no_level(runs, monkeypatch, capsys):
-    """The others are judged; it is said to have none, and is not tried again."""
+    """The others are judged; the table says that it has none, and it is not tried again."""
     model, seen = tiny("llama"), []
     monkeypatch.setattr(models, "prepared", lambda *_: seen.append(1) or (model, tokenizer()))
     monkeypatch.setattr(model.config, "max_position_embeddings", 2500)
@@ -101,7 +101,59 @@ def test_a_run_that_is_too_long_for_the_judge_has_no_level(runs, monkeypatch, ca
     assert call(runs, "--out", out) == 0 == call(runs, "--out", out) and seen == [1]
     levels = [json.loads(line)["levels"] for line in out.read_text().splitlines()[1:]]
     assert levels == [[None] * 3] + [[4] * 3] * 5
-    assert re.search(r"hogwild:2 token-wise +1 +4.00 +too few problems", capsys.readouterr().out)
+    assert re.search(r"hogwild:2 token-wise +2 +1 +0 +4.00 +too few problems", capsys.readouterr().out)
+
+
+def test_what_has_no_level_is_in_the_table(runs, monkeypatch, capsys):
+    """A method of which no run has a level is there without figures; who has one verdict with a level
+    among three is counted; and nothing is complained of."""
+    votes = {"I see you": [3, None, None], "I wait.": [2, None, 3], "mine": [None] * 3}
+    monkeypatch.setattr(judge, "local", lambda options: lambda prompt, seed: next(
+        f"\\boxed{{{found[seed]}}}" for words, found in votes.items() if words in prompt))
+    png = runs.parent / "l.png"
+    assert call(runs, "--png", png) == 0
+    said = capsys.readouterr()
+    assert [" ".join(line.split()) for line in said.out.splitlines()] == [
+        "method runs no level one vote level 95 % interval",
+        "hogwild:2 token-wise 2 0 2 3.00 too few problems",
+        "interleaved:2 step-wise 2 0 0 2.50 too few problems", "self-consistency:2 no sync 2 2 0 – –"]
+    assert png.read_bytes()[:4] == b"\x89PNG" and not said.err
+
+
+@pytest.mark.parametrize("level, seen", [(3, [3, 0]), (None, [0, 0])])
+def test_what_has_no_level_is_in_the_picture(monkeypatch, level, seen):
+    """It has a place and no bar there (bars are seen from level 1); few problems have no interval."""
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, _: drawn.extend(figure.axes))
+    judge.report([{"method": method, "problem": 0, "seed": 0, "levels": [one, None]}
+                  for method, one in (("hogwild:2", level), ("interleaved:2", None))], "l.png")
+    axis, = drawn
+    assert [bar.get_height() for bar in axis.patches] == seen and axis.get_ylim() == (1, 6)
+    assert axis.get_xlim()[0] < 0 and axis.get_xlim()[1] > 1
+    assert not any(len(part) for lines in axis.collections for part in lines.get_segments())
+
+
+def test_one_process_judges(runs, monkeypatch, capsys):
+    """--tensor-parallel is refused, in one sentence that says what there is instead, before a model is
+    loaded."""
+    monkeypatch.setattr(models, "prepared", lambda *_: pytest.fail("a model was loaded"))
+    for what in (runs, "--calibrate"):
+        assert call(what, "--tensor-parallel") == 2
+        said = capsys.readouterr().err
+        assert "--tensor-parallel" in said and "--device-map auto" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("other", [("--endpoint", "http://localhost:2"), ("--dtype", "bfloat16")])
+def test_judges_of_one_name_do_not_share_a_file(runs, monkeypatch, capsys, other):
+    """Another server's model of the same name, or the same one in other numbers, is another judge."""
+    for name in ("local", "remote"):
+        monkeypatch.setattr(judge, name, lambda options: lambda prompt, seed: "\\boxed{4}")
+    command = [runs, "--model", "m", "--out", runs.parent / "levels.jsonl"]
+    command += ["--endpoint", "http://localhost:1"] * ("--endpoint" in other)
+    assert call(*command) == 0 == call(*command)
+    capsys.readouterr()
+    assert call(*command, *other) == 2
+    assert f"not {other[1]!r}: name another file" in capsys.readouterr().err
 
 
 def test_other_runs_have_other_verdicts(runs, monkeypatch, capsys):
@@ -117,9 +169,9 @@ def test_other_runs_have_other_verdicts(runs, monkeypatch, capsys):
     capsys.readouterr()
     assert call(other, "--out", out) == 0 and len(shown) == 21
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[:4] for line in table[1:]] == [["hogwild:2", "token-wise", "2", "3.50"]]
+    assert [line.split()[:6] for line in table[1:]] == [["hogwild:2", "token-wise", *"200", "3.50"]]
     assert call(runs, "--out", out) == 0 and len(shown) == 21
-    assert re.search(r"hogwild:2 token-wise +2 +5\.00", capsys.readouterr().out)
+    assert re.search(r"hogwild:2 token-wise +2 +0 +0 +5\.00", capsys.readouterr().out)
 
 
 def test_a_verdict_is_read_at_its_end(monkeypatch):
@@ -130,12 +182,16 @@ def test_a_verdict_is_read_at_its_end(monkeypatch):
     assert judge.level_of(judge.local(judge.Options())("How well do they work?", 0)) == 4
 
 
-def test_seeds_are_no_problems(capsys):
-    """Two problems, of which one was solved with three seeds: the level of each counts once."""
-    seen = {(0, 0): 1, (0, 1): 2, (0, 2): 3, (1, 0): 5}
+@pytest.mark.parametrize("count, said", [(9, r"4\.67 +too few problems"),
+                                         (10, r"4\.70 +4\.10 – 5\.00")])
+def test_seeds_are_no_problems(capsys, count, said):
+    """Problems of which one was solved with three seeds: the level of each counts once. Of a few, the
+    interval is not told, as in chapter 7."""
+    seen = {(0, 0): 1, (0, 1): 2, (0, 2): 3, **{(problem, 0): 5 for problem in range(1, count)}}
     judge.report([{"method": "hogwild:2", "problem": problem, "seed": seed, "levels": [level, None]}
                   for (problem, seed), level in seen.items()], None)
-    assert re.search(r"hogwild:2 token-wise +4 +3\.50 +2\.00 – 5\.00", capsys.readouterr().out)
+    found = capsys.readouterr().out
+    assert re.search(rf"hogwild:2 token-wise +{count + 2} +0 +{count + 2} +{said}", found), found
 
 
 def test_runs_are_judged_with_the_problems_that_they_solved(runs, monkeypatch, capsys):
