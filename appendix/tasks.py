@@ -24,9 +24,9 @@ def plain_row(row):
     """A problem from a row with the fields question (or problem) and answer."""
     question, answer = row.get("question", row.get("problem")), clean(row.get("answer"))
     if not isinstance(question, str) or not question.strip():
-        raise ValueError("has no question; the fields question and answer are needed")
+        raise ValueError("has no question; the fields question and answer (or final_answer) are needed")
     if not answer:
-        raise ValueError("has no answer: the field answer has to be a text or a number")
+        raise ValueError("has no answer: answer (or final_answer) has to be a text or a number")
     return {"question": question, "answers": [answer]}
 
 
@@ -40,6 +40,7 @@ def olympiad(row):
 
     Columns: context, question, final_answer (a list), is_multiple_answer, unit, answer_type, error.
     """
+    problem = plain_row({**row, "answer": row["final_answer"]})
     kinds = [KINDS.get(kind, "") for kind in str(row["answer_type"]).split(",")]
     alike = len({*kinds}) == 1
     kind = ", ".join(kinds[:1] if alike else kinds) if all(kinds) else ""
@@ -49,12 +50,8 @@ def olympiad(row):
         wanted = f"There are several answers{each}: give all of them, separated by commas."
     unit = f"It is in units of {row['unit']}; leave the unit out." if row["unit"] else ""
     parts = [row["context"] or "", row["question"], f"{wanted} {unit}"]
-    answer = clean(row["final_answer"])
-    if not answer:
-        raise ValueError("has no answer: final_answer has to be a list of texts")
     errors = [float(part or 0) for part in str(row["error"] or 0).split(",")]
-    return {"question": "\n\n".join(filter(None, map(str.strip, parts))),
-            "answers": [answer], "errors": errors}
+    return {**problem, "question": "\n\n".join(filter(None, map(str.strip, parts))), "errors": errors}
 
 
 PROGRAM = r"""{}
@@ -69,7 +66,7 @@ def live_code(row):
     """A problem of LiveCodeBench, or None: it is not of the months that the paper evaluates."""
     if not "2024-08-01" <= str(row["contest_date"])[:10] < "2025-02-01":
         return None
-    start = row["starter_code"].strip()
+    start = (row["starter_code"] or "").strip()
     how = STARTS.format(start) if start else READS
     return {"question": PROGRAM.format(row["question_content"].strip(), how),
             "answers": [], "tests": programs.tests_of(row)}

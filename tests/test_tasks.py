@@ -394,6 +394,20 @@ def test_a_file_of_an_olympiad(tmp_path):
     assert tasks.mark("9.75, 3.1", both) == (1.0, True) and tasks.mark("9.8, 3.15", both) == (0.0, True)
 
 
+@pytest.mark.parametrize("name, wrong, said", [
+    ("olympiad-maths", {"question": None}, "has no question"),
+    ("olympiad-maths", {"question": 1}, "has no question"),
+    ("olympiad-maths", {"final_answer": None}, "has no answer: .*final_answer")])
+def test_a_row_that_lacks_something_is_told_what(tmp_path, name, wrong, said):
+    """In the words of the files with question and answer; and no starter code is none."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({**OLYMPIAD, **wrong}))
+    with pytest.raises(ValueError, match=f"line 1 of '.*' {said}"):
+        tasks.load(name, str(data))
+    data.write_text(json.dumps({**CODE, "starter_code": None}))
+    assert "standard input" in tasks.load("livecodebench", str(data))[0]["question"]
+
+
 GOOD = '{"question": "a", "answer": "1"}\n'
 WRONG = {
     GOOD + '{"question": \n': "line 2 of", GOOD + '{"question": "b"}\n': "line 2 of .* has no answer",
