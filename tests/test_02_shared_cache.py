@@ -275,3 +275,19 @@ def test_a_moved_block_holds_what_attention_would_read_there(config):
         # by as much
         assert (cache.keys[layer][:, 5:12] - keys).abs().max() <= 2 * 16 * U * keys.abs().max()
         assert (cache.values[layer][:, 5:12] - values).abs().max() <= 2 * 16 * U * values.abs().max()
+
+
+def test_memory_that_cannot_be_had_is_not_asked_for_again():
+    """A block that is too large for the machine: when it has gone, others go on, and slots are reused."""
+    cache = chapter.SharedCache(ROPES)
+    small = cache.block(3)
+    cache.reserve([(small, 1)])
+    for layer, (heads, *sizes, _) in enumerate(LAYERS):
+        write(cache, layer, *(torch.ones(heads, 1, size) for size in sizes))
+    large = cache.block(10**13)
+    with pytest.raises((RuntimeError, MemoryError)):
+        cache.reserve([(small, 1), (large, 1)])
+    assert (small.length, large.length) == (1, 0)
+    cache.discard([large])
+    cache.reserve([(small, 1)])
+    assert cache.slots == 3 and cache.new_slots.tolist() == [1] and cache.block(2).start == 3
