@@ -14,8 +14,8 @@ lines more:
                          The report also says what it had written in time, unasked: no-early-stop
     self-consistency:W   independent workers; the answer is given with all their text in view
     vote:W               the same, but the most frequent of their answers wins
-    debate:W             the same twice: in the second round, everybody has read the others (debate-3:W,
-                         debate-4:W: so many rounds; each has its share of the largest budget)
+    debate:W             the same twice: in the second round, everybody has read the others (debate-3:W
+                         to debate-9:W: so many rounds; each has its share of the largest budget)
     skeleton, skeleton:W an outline; a thread per point, all at once or W taking turns; then one worker
     fork-join            one worker, who hands parts over to others while it writes on
 
@@ -35,7 +35,7 @@ from traceback import extract_tb
 
 import numpy as np
 import torch
-from rich.progress import Progress
+from tqdm import tqdm
 
 from appendix import (
     adapters,
@@ -65,7 +65,7 @@ def evaluate(runs, problem, budgets):  # exercise
     """A job (appendix/batching.py): runs one after the other, asked at every budget on the way.
 
     The answer is asked for in the cache that is there, and the run goes on as though nobody had asked.
-    What that takes counts for nobody: neither as passes (paper, section 4.1) nor as seconds.
+    What that takes counts for nobody as passes (paper, section 4.1), and not as the run's seconds.
 
     Args:
         runs: an iterator, usually over one run.
@@ -122,7 +122,7 @@ METHODS = {
     "re-encode": (methods.Reencode, {}, 2), "baseline": (Hogwild, SOLO, 1),
     "self-consistency": (methods.Samples, SOLO, 2),
     "vote": (methods.vote, SOLO, 3), "debate": (methods.debate, SOLO, 2),
-    **{f"debate-{rounds}": (partial(methods.debate, rounds=rounds), SOLO, 2) for rounds in (3, 4)},
+    **{f"debate-{rounds}": (partial(methods.debate, rounds=rounds), SOLO, 2) for rounds in range(3, 10)},
     "skeleton": (methods.skeleton, SOLO, None), "fork-join": (methods.fork_join, SOLO, 1)}
 
 
@@ -188,8 +188,9 @@ def run_missing(what, header, problems, wanted):
         if team:  # before anybody writes: all have to find the same runs to do
             team.wait_for_everyone()
         if todo:
-            with Progress(disable=rank > 0) as bar:
-                run_all(todo[rank % shares::shares], what, team, problems, results, bar)
+            mine = todo[rank % shares::shares]
+            with tqdm(total=len(mine), disable=rank > 0, file=sys.stdout) as bar:
+                run_all(mine, what, team, problems, results, bar)
         if team:
             team.wait_for_everyone()
             torch.distributed.destroy_process_group()
@@ -239,32 +240,24 @@ def run_all(todo, what, team, problems, results, bar):
             raise KeyboardInterrupt
         if len(times) < FIRST:
             times.append(perf_counter())
-            if len(times) == FIRST:
+            if len(times) == FIRST and not bar.disable:
                 each = (times[-1] - times[1]) / (FIRST - 2)  # (the first one makes the memory)
                 most = each * what.budgets[-1] * len(todo) / len(groups)
-                bar.console.print(f"passes of {len(groups)} runs take {each:.2f} s: all will take about "
-                                  f"{timedelta(seconds=round(most))}, if no run ends early")
+                bar.write(f"passes of {len(groups)} runs take {each:.2f} s: all will take about "
+                          f"{timedelta(seconds=round(most))}, if no run ends early")
         return generate.feed(model, cache, groups, forward)
-
-    def free():
-        """Free bytes; if processes share the model, of the one that has least: all have to do the
-        same."""
-        least = torch.tensor(models.free_memory(model.device), device=model.device)
-        if what.tensor_parallel:
-            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
-        return int(least)
 
     at_once, faults, at_work, times, last = what.batch, 0, [], [], str(what.budgets[-1])
     if at_once is None:
-        at_once = batching.as_memory_allows(cache, free)
+        at_once = batching.as_memory_allows(cache, partial(
+            models.free_memory, model.device, what.tensor_parallel))
     with screen.Stopping() as stopping:
-        bar.add_task("starts", total=len(todo))
         for row in batching.side_by_side((job(*key) for key in todo), feed, at_once):
             results.add(row)
             past = [other["answers"][last]["score"] for other in one_each(results.rows)
                     if other["method"] == row["method"] and last in other["answers"]]
-            bar.update(bar.task_ids[0], advance=1,
-                       description=f"{row['method']}: {np.mean(past or 0):.0%} right so far")
+            bar.set_description(f"{row['method']}: {np.mean(past or 0):.0%} right so far")
+            bar.update()
             faults = faults + 1 if row["error"] else 0
             if faults >= 5 and faults > len(at_work):  # (others may be about to do better)
                 raise command.Failed(f"{faults} runs in a row failed, so the others would, too: "

@@ -70,11 +70,15 @@ def use_device(device):
         torch.cuda.set_device(somewhere.device)
 
 
-def free_memory(device):
-    """Bytes that nobody uses yet, where this device keeps its tensors."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return products.available_memory()
+def free_memory(device, together=False):
+    """Bytes that nobody uses yet, where this device keeps its tensors. together: of the process that has
+    least, as all have to do the same."""
+    cuda = torch.device(device).type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if cuda else products.available_memory()
+    least = torch.tensor(free, device=device)
+    if together:
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    return int(least)
 
 
 def processes():

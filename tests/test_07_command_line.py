@@ -410,7 +410,8 @@ def test_processes_share_the_problems_or_the_model(smollm, tmp_path):
         "evaluation = import_module('07_eval_limo')\n"
         "cache = import_module('02_shared_cache').SharedCache\n"
         "free = 10**15 * (os.environ.get('RANK', '0') == '0')\n"  # the others have no memory left
-        "import_module('appendix.models').free_memory = lambda _: free\n"
+        "from types import SimpleNamespace as Fake\nmodels = import_module('appendix.models')\n"
+        "models.products = Fake(available_memory=lambda: free, fast_products=lambda model: model)\n"
         "write, heads = cache.write, set()\n"
         "cache.write = lambda self, layer, k, v: heads.add(k.shape[0]) or write(self, layer, k, v)\n"
         "code = evaluation.main()\n"
