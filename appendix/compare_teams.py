@@ -183,8 +183,7 @@ def measure(options, console):
         wanted = [(method, number) for number in range(options.problems) for method in options.methods
                   if (method, number) not in done]
         for untaught in (False, True):
-            todo = [key for key in wanted if key[0].startswith("untaught") == untaught]
-            if todo:
+            if todo := [key for key in wanted if key[0].startswith("untaught") == untaught]:
                 model = products.fast_products(models.load(base)[0] if untaught else taught)
                 told = {"greedy": True} if untaught else adapters.settings(options.model)
                 rows = solved(todo, options, model, tokenizer, told)

@@ -61,8 +61,7 @@ def main(argv=None):
         settings = generate.Settings([str(workers)], max_passes=MOST, answer_tokens=40, **told)
         run = solve(model, tokenizer, puzzle.text, settings, forward, options.plain)
         needed.append((len(run.passes), sum(record["seconds"] for record in run.passes)))
-        score, _ = tasks.grade(run.answer(), puzzle.answer.split(", "))
-        right.append(score == 1)
+        right.append(tasks.grade(run.answer(), puzzle.answer.split(", "))[0] == 1)
     (one, alone), (passes, seconds) = needed
     verdict = ["Both wrong", "Only the team is right", "Only the single worker is right",
                "Both right"][2 * right[0] + right[1]]

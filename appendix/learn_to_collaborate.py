@@ -122,12 +122,12 @@ def train(folder, seed, steps, start=None):
     begun = [parameter.detach().clone() for parameter in parameters] if start else parameters
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0)
     fast = model.device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
-    path = None if rank else str(folder / "log.jsonl")
-    with journal.Journal(path, "training", about, {"step": int, "loss": float}) as log:
+    with journal.Journal(None if rank else str(folder / "log.jsonl"), "training", about,
+                         {"step": int, "loss": float}) as log:
         taken = restore(checkpoint, parameters, optimizer)
         for step in range(taken + 1, steps + 1):
-            chance = random.Random(f"{seed} {step} {rank}")
-            recordings = lesson(model, tokenizer, chance, 1 if start else step / steps)
+            recordings = lesson(model, tokenizer, random.Random(f"{seed} {step} {rank}"),
+                                1 if start else step / steps)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=fast):
                 loss = recording.loss(model, ropes, recordings, frugal=False)
             optimizer.zero_grad()
@@ -135,8 +135,8 @@ def train(folder, seed, steps, start=None):
             for parameter in parameters if processes > 1 else ():
                 dist.all_reduce(parameter.grad)
             torch.nn.utils.clip_grad_norm_(parameters, 1)
-            rate = (RATE / 2 if start else RATE) * min(1, step / WARM_UP) * (1 - step / (steps + 1))
-            optimizer.param_groups[0]["lr"] = rate
+            optimizer.param_groups[0]["lr"] = (RATE / 2 if start else RATE) * min(
+                1, step / WARM_UP) * (1 - step / (steps + 1))
             optimizer.step()
             if rank == 0 and (step % KEEP_EVERY == 0 or step == steps):
                 log.add({"step": step, "loss": loss.item()})

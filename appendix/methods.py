@@ -205,8 +205,8 @@ def skeleton(start, problem, workers):
     An answer of several numbers consists of the threads' \boxed{} (the paper's GSM8K x 5). Or else one
     who has read them all goes on.
     """
-    prompts = [(OUTLINE.format(problem=problem.text), "1.")]
-    outline = start(partial(Stage, prompts=prompts), 1, max_passes=128)
+    prompt = OUTLINE.format(problem=problem.text), "1."
+    outline = start(partial(Stage, prompts=[prompt]), 1, max_passes=128)
     yield outline
     plan = "1. " + written(outline)[0].strip()
     points = (re.findall(r"^\s*\d+[.)]\s*(\S.*)$", plan, re.MULTILINE) or [plan])[:10]
@@ -219,8 +219,8 @@ def skeleton(start, problem, workers):
         read = "".join(f"{begun} {text.strip()}\n\n"
                        for (_, begun), text in zip(prompts, written(threads)))
         # `replace` and not `format`: the prompt has other braces.
-        prompts = [(protocol.SOLO.replace("{problem}", problem.text), read)]
-        yield start(partial(Stage, prompts=prompts), 1)
+        prompt = protocol.SOLO.replace("{problem}", problem.text), read
+        yield start(partial(Stage, prompts=[prompt]), 1)
 
 
 # ----------------------------------------------------------------------------------- debate, fork-join
@@ -322,9 +322,9 @@ class Fork(Samples, Stage):
             results = [f"{part.strip()}: {text.strip()}" for part, text in zip(handed, texts)]
             given = re.sub("<part>|<join/>", "", "\n\n".join(results))  # (nobody's but the writer's)
             seen = sum(block.length for block in self.view(writer, final=True))
-            room = min(writer.block.capacity - writer.block.length, self.context - seen)
-            coming = len(writer.pending) + self.settings.max_passes - len(self.passes) + self.reserve
-            ids = self.encode(f"\n{given}\n\n")[:max(0, room - coming)]
+            room = min(writer.block.capacity - writer.block.length, self.context - seen) - self.reserve
+            room += len(self.passes) - self.settings.max_passes - len(writer.pending)
+            ids = self.encode(f"\n{given}\n\n")[:max(0, room)]
             writer.pending, writer.ids = writer.pending + ids, writer.ids + ids
             writer.before += writer.own_text
             writer.text = self.decode(writer.ids)
@@ -334,5 +334,5 @@ class Fork(Samples, Stage):
 
 def fork_join(start, problem, workers):
     """Fork and join: a model decides, while it writes, which parts are worked on beside it."""
-    prompts = [(FORK.format(problem=problem.text), "")]
-    yield start(partial(Fork, prompts=prompts, question=problem.text), 1)
+    yield start(partial(Fork, prompts=[(FORK.format(problem=problem.text), "")], question=problem.text),
+                1)

@@ -278,7 +278,7 @@ def test_a_moved_block_holds_what_attention_would_read_there(config):
 
 
 def test_memory_that_cannot_be_had_is_not_asked_for_again():
-    """A block that is too large for the machine: when it has gone, others go on, and slots are reused."""
+    """A block that is too large for the machine: when it has gone, others go on; slots are reused."""
     cache = chapter.SharedCache(ROPES)
     small = cache.block(3)
     cache.reserve([(small, 1)])
