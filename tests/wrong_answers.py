@@ -31,7 +31,11 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
              "return rotate(keys.float(), cos, sin)")]},
     "2": {
         "SharedCache.discard": [
-            ("for b in blocks] + self.free, []", "for b in blocks], []")],
+            ("for b in blocks] + self.free, []", "for b in blocks], []"),
+            ("sorted(gone, key=lambda span: span.start)", "gone"),
+            ("if self.free and self.free[-1].stop == span.start:", "if False:"),
+            ("ids for block, ids in self.prompts.items() if block not in blocks}",
+             "ids for block, ids in self.prompts.items()}")],
         "SharedCache.reserve": [
             ("            self.check_room(block, count)\n        self.grow()",
              "            pass\n        self.grow()"),
