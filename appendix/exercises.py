@@ -45,86 +45,88 @@ settings.load_profile("check")
 
 # points: one for ten minutes. test, words: what tests check it, simple ones first. hint: text.
 E = namedtuple("Exercise", "points test words hint")
-SHIFT, CACHE, LAYOUT, ATTEND, KERNEL, LOOP, WORDS, EVAL, ENCODE = (
-    "01_rope_shift", "02_shared_cache", "03_layouts", "04_query_rotation", "05_triton_kernel",
-    "06_generate", "06_words", "07_eval_limo", "encode_run")
+
 FILES = {  # what CHAPTER may be -> the file, and what is marked in it
     "1": ("01_rope_shift.py", {
-        "inverse_frequencies": E(4, SHIFT, "models_own or cannot_be_moved", "Take the model's float32 "
-                                 "numbers, 1 / theta ** (2i/R), then .double(). What there is to read: "
-                                 "rope_parameters (of the layer type, if they are nested), head_dim, "
-                                 "partial_rotary_factor; a config with qk_rope_head_dim rotates last. "
-                                 "Other kinds: ROPE_INIT_FUNCTIONS[kind](config, layer_type=...)."),
-        "cos_sin": E(1, SHIFT, "angles_are_exact", "Multiply in float64, and round at the very end."),
-        "rotate": E(2, SHIFT, "by_hand or complex_multiplication", "Split, turn the two halves, and put "
-                    "all together as it was. Mind that x may be broadcast against several angles."),
-        "shift": E(1, SHIFT, "shifts_compose or distance_alone or shifted_keys",
-                   "Two calls of what is above. In which dtype is the arithmetic?")}),
+        "inverse_frequencies": E(4, "01_rope_shift", "models_own or cannot_be_moved",
+            "Take the model's float32 numbers, 1 / theta ** (2i/R), then .double(). What there is to "
+            "read: rope_parameters (of the layer type, if they are nested), head_dim, "
+            "partial_rotary_factor; a config with qk_rope_head_dim rotates last. Other kinds: "
+            "ROPE_INIT_FUNCTIONS[kind](config, layer_type=...)."),
+        "cos_sin": E(1, "01_rope_shift", "angles_are_exact",
+            "Multiply in float64, and round at the very end."),
+        "rotate": E(2, "01_rope_shift", "by_hand or complex_multiplication",
+            "Split, turn the two halves, and put all together as it was. Mind that x may be broadcast "
+            "against several angles."),
+        "shift": E(1, "01_rope_shift", "shifts_compose or distance_alone or shifted_keys",
+            "Two calls of what is above. In which dtype is the arithmetic?")}),
     "2": ("02_shared_cache.py", {
-        "SharedCache.discard": E(3, CACHE, "Memory", "Sort the free ranges, and join neighbours."),
-        "SharedCache.reserve": E(2, CACHE, "Memory", "First look for room in all blocks; only then "
-                                 "change one. A block may come up twice."),
-        "SharedCache.copy": E(3, CACHE, "own_end or moved_block or Memory",
-                              "By how many positions does index j move? Do values know where they are?"),
-        "SharedCache.rewound": E(2, CACHE, "Memory", "How long was a block that was not there?"),
-        "SharedCache.write": E(1, CACHE, "one_copy or Memory", "Make the memory when a layer first "
-                               "writes, in the dtype and on the device of what it writes.")}),
+        "SharedCache.discard": E(3, "02_shared_cache", "Memory",
+            "Sort the free ranges, and join neighbours."),
+        "SharedCache.reserve": E(2, "02_shared_cache", "Memory",
+            "First look for room in all blocks; only then change one. A block may come up twice."),
+        "SharedCache.copy": E(3, "02_shared_cache", "own_end or moved_block or Memory",
+            "By how many positions does index j move? Do values know where they are?"),
+        "SharedCache.rewound": E(2, "02_shared_cache", "Memory",
+            "How long was a block that was not there?"),
+        "SharedCache.write": E(1, "02_shared_cache", "one_copy or Memory",
+            "Make the memory when a layer first writes, in the dtype and on the device of that.")}),
     "3": ("03_layouts.py", {
-        "combined": E(1, LAYOUT, "of_the_paper", "Mind the worker who is alone: which words does "
-                      "`separators` leave out?"),
-        "Layout.final_view": E(1, LAYOUT, "final_view", "Two of the four functions above show all. "
-                               "Which of them needs words that this layout may lack?"),
-        "occurrences": E(1, LAYOUT, "twice_by_hand or any_views", "Count how often each came so far."),
-        "fill_tables": E(4, LAYOUT, "by_hand or any_views or of_a_layout", "Walk through a view with a "
-                         "running place. It is 0 where the own block begins, so where does it start?")}),
+        "combined": E(1, "03_layouts", "of_the_paper",
+            "Mind the worker who is alone: which words does `separators` leave out?"),
+        "Layout.final_view": E(1, "03_layouts", "final_view",
+            "Two of the four functions above show all. Which of them needs words that may be lacking?"),
+        "occurrences": E(1, "03_layouts", "twice_by_hand or any_views",
+            "Count how often each came so far."),
+        "fill_tables": E(4, "03_layouts", "by_hand or any_views or of_a_layout",
+            "Walk through a view with a running place, 0 where the own block begins: from where on?")}),
     "4": ("04_query_rotation.py", {
-        "attention_spec": E(3, ATTEND, "both_functions or half", "Token by token: which slots, moved "
-                            "by how much, at which distance? Then scores, one softmax, a weighted sum."),
-        "attention": E(6, ATTEND, "both_functions or half_precision", "`prepare` has done the "
-                       "bookkeeping. Rotate the queries once per row of the tables, multiply each with "
-                       "that row's keys, put all scores side by side, hide, and take one softmax."),
-        "first_slots": E(1, ATTEND, "both_functions or layers_of_every_kind",
-                         "distance = position + offset - slot < window; solve for the slot."),
-        "visible_rows": E(3, ATTEND, "both_functions or nobody_reads", "For each row: does anybody "
-                          "see it, from which slot to which, and what of that does each token not see?"),
-        "run_by_run": E(1, ATTEND, "several_runs", "Cut q by the tokens of each run.")}),
+        "attention_spec": E(3, "04_query_rotation", "both_functions or half",
+            "Token by token: slots, moved by how much, at which distance? Scores, softmax, a sum."),
+        "attention": E(6, "04_query_rotation", "both_functions or half_precision",
+            "`prepare` has done the bookkeeping. Rotate the queries once per row of the tables, "
+            "multiply each with that row's keys, put scores side by side, hide, one softmax."),
+        "first_slots": E(1, "04_query_rotation", "both_functions or layers_of_every_kind",
+            "distance = position + offset - slot < window; solve for the slot."),
+        "visible_rows": E(3, "04_query_rotation", "both_functions or nobody_reads",
+            "For each row: from which slot to which is it seen, and what of that does a token not see?"),
+        "run_by_run": E(1, "04_query_rotation", "several_runs", "Cut q by the tokens of each run.")}),
     "5": ("05_triton_kernel.py", {
-        "kernel": E(12, KERNEL, "hidden_blocks or equals_the_oracle", "Read `prepare` "
-                    "first. Then write it for one row of the tables, and let the loop cross rows last."),
-        "merge": E(3, KERNEL, "hidden_blocks or equals_the_oracle", "Parts whose peak is lower fade by "
-                   "2 ** (peak - highest), their totals as well as their results."),
-        "prepare": E(5, KERNEL, "of_a_batch",
-                     "Cumulative sums of tiles, and counters that go on from run to run."),
-        "Decoder.launch": E(3, "05_captured_passes", "chapter_4s_forward", "All integers of a pass "
-                            "in one tensor that stays where it is, and views of it as arguments.")}),
+        "kernel": E(12, "05_triton_kernel", "hidden_blocks or equals_the_oracle",
+            "Read `prepare` first. Write it for one row of the tables; let the loop cross rows last."),
+        "merge": E(3, "05_triton_kernel", "hidden_blocks or equals_the_oracle",
+            "Parts whose peak is lower fade by 2 ** (peak - highest): totals and results."),
+        "prepare": E(5, "05_triton_kernel", "of_a_batch",
+            "Cumulative sums of tiles, and counters that go on from run to run."),
+        "Decoder.launch": E(3, "05_captured_passes", "chapter_4s_forward",
+            "All integers of a pass in one tensor that stays where it is; arguments are views of it.")}),
     "6": ("06_generate.py", {
-        "feed": E(2, LOOP, "nan or independent_workers or eight_runs", "Reserve, tables, forward; and "
-                  "nothing has happened if any of them fails."),
-        "Hogwild.is_over": E(2, WORDS, "long_step or everybody_sees", "Three reasons; two of them only "
-                             "where finished steps move."),
-        "Hogwild.close_step": E(4, WORDS, "two_views or everybody_sees", "The token that ended the step "
-                                "is not fed yet: it opens the next one, before the header."),
-        "Hogwild.schedule_checks": E(2, WORDS, "two_checks or everybody_sees", "How many multiples of "
-                                     "`every` were passed just now? For each, ask somebody at work."),
-        "Hogwild.concluding": E(4, LOOP, "ends_at_its_brace or last_workers or disturbs_nothing",
-                                "A loop that yields what is to be fed and gets logits; `try: ... "
-                                "finally:` cuts the blocks back.")}),
+        "feed": E(2, "06_generate", "nan or independent_workers or eight_runs",
+            "Reserve, tables, forward; and nothing has happened if any of them fails."),
+        "Hogwild.is_over": E(2, "06_words", "long_step or everybody_sees",
+            "Three reasons; two of them only where finished steps move."),
+        "Hogwild.close_step": E(4, "06_words", "two_views or everybody_sees",
+            "The token that ended the step is not fed yet: it opens the next one, before the header."),
+        "Hogwild.schedule_checks": E(2, "06_words", "two_checks or everybody_sees",
+            "How many multiples of `every` were passed just now? For each, ask somebody at work."),
+        "Hogwild.concluding": E(4, "06_generate", "its_brace or last_workers or disturbs_nothing",
+            "A loop that yields what is to be fed and gets logits; `finally:` cuts the blocks back.")}),
     "7": ("07_eval_limo.py", {
-        "evaluate": E(5, EVAL, "budget or every_method or beyond", "Advance each run, "
-                      "count, ask where a budget is reached; later budgets get the last answer."),
-        "method": E(2, EVAL, "every_method",
-                    "What stands behind a colon is the number of workers."),
-        "runs_of": E(2, EVAL, "every_method or skeleton_of_thought", "A class is one run; a function is "
-                     "called, and says itself which runs there are.")}),
+        "evaluate": E(5, "07_eval_limo", "budget or every_method or beyond",
+            "Advance each run, count, ask where a budget is reached; later ones get the last answer."),
+        "method": E(2, "07_eval_limo", "every_method",
+            "What stands behind a colon is the number of workers."),
+        "runs_of": E(2, "07_eval_limo", "every_method or skeleton_of_thought",
+            "A class is one run; a function is called, and says itself which runs there are.")}),
     "recording": ("appendix/recording.py", {
-        "Ledger.recording": E(5, ENCODE, "logits_of_all or picture", "Give each step its own place, and "
-                              "put the columns of all passes side by side."),
+        "Ledger.recording": E(5, "encode_run", "says_what or logits_of_all or picture",
+            "Give each step its own place, and put the columns of all passes side by side."),
         "Ledger.fill": E(2, "restored_runs", "nothing_had_happened",
-                         "A step that is not its block's first has moved by what stands before it."),
-        "pieces_of": E(2, ENCODE, "logits_of_all or see_each_other", "Cut both tables by columns, and "
-                       "leave out rows that a piece does not see."),
-        "loss": E(1, ENCODE, "plain_training or gradients_of_a_team", "A weighted mean.")}),
-}
+            "A step that is not its block's first has moved by what stands before it."),
+        "pieces_of": E(2, "encode_run", "no_piece or logits_of_all or see_each_other",
+            "Cut both tables by columns, and leave out rows that a piece does not see."),
+        "loss": E(1, "encode_run", "plain_training or gradients_of_a_team or refused",
+            "A weighted mean.")})}
 
 
 # ------------------------------------------------------------------------------ a chapter as an exercise

@@ -6,7 +6,6 @@ from functools import partial
 from importlib import import_module
 
 import pytest
-import torch
 from helpers import EVENTS, LOOPS, PROBLEM, happen, often, random_model, runs, settings_for, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,11 +39,11 @@ def test_a_restored_run_continues_as_if_nothing_had_happened(run_of, loop, event
         other = recording.restored(fresh, json.loads(json.dumps(run.passes)))
         for mine, yours in zip(run.cache.blocks, other.cache.blocks, strict=True):
             assert vars(mine) == vars(yours) and run.ids.get(mine) == other.ids.get(yours)
-            for layer, keys in run.cache.keys.items():
-                here = slice(mine.start, mine.start + mine.length)
-                for ours, theirs in ((keys, other.cache.keys[layer]),
-                                     (run.cache.values[layer], other.cache.values[layer])):
-                    assert torch.allclose(ours[:, here], theirs[:, here], atol=1e-4)
+            here = slice(mine.start, mine.start + mine.length)
+            for what in ("keys", "values") if mine.length else ():
+                for layer, memory in getattr(run.cache, what).items():
+                    off = (memory - getattr(other.cache, what)[layer])[:, here].abs().max()
+                    assert off < 1e-4, f"{what} of a block are off by {off:.1e} in layer {layer}"
         for number in range(passes, passes + more):
             for one in (run, other):
                 happen(events, one, number)

@@ -168,7 +168,11 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
         "Ledger.recording": [
             ("step.start, end = end, end + step.length", "step.start, end = 0, end + step.length"),
             ("n = column.offset, column.visible, new.stop", "n = column.offset, column.visible, 0"),
-            ("n = column.offset, column.visible", "n = -column.offset, column.visible")],
+            ("n = column.offset, column.visible", "n = -column.offset, column.visible"),
+            ("torch.tensor(self.weight), own", "torch.zeros(len(ids)), own"),
+            ("torch.tensor(self.weight), own", "torch.ones(len(ids)), own"),
+            ("len(self.ids) if self.prefill is None else self.prefill", "0"),
+            ("len(self.ids) if self.prefill is None else self.prefill", "self.prefill or 0")],
         "Ledger.fill": [
             ("rope.shift(keys[:, here], first, self.ropes[layer])", "keys[:, here]"),
             ("rope.shift(keys[:, here], first, self.ropes[layer])",
@@ -176,10 +180,15 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
             ("first += step.length", "first = step.length")],
         "pieces_of": [
             ("layouts.Tables(base + tables.start[seen]", "layouts.Tables(tables.start[seen]"),
-            ("tables.visible[:, first:end].any(1)", "tables.visible[:, first:end].all(1)")],
+            ("tables.visible[:, first:end].any(1)", "tables.visible[:, first:end].all(1)"),
+            ("tables.visible[:, first:end].any(1)", "slice(None)"),
+            ("*range(0, recording.prefill, size), *range(recording.prefill, total, size)",
+             "*range(0, total, size)"),
+            ("*range(0, recording.prefill, size), *range(recording.prefill, total, size)",
+             "0, recording.prefill")],
         "loss": [
             ("@ weight / weight.sum()", "@ weight"),
-            ("@ weight / weight.sum()", ".mean()")]},
+            ("@ weight / weight.sum()", ".mean()"), ("if not weight.sum():", "if False:")]},
 }
 
 
