@@ -105,7 +105,7 @@ FILES = {  # what CHAPTER may be -> the file, and what is marked in it
             "Reserve, tables, forward; and nothing has happened if any of them fails."),
         "Hogwild.is_over": E(2, "06_words", "long_step or everybody_sees",
             "Three reasons; two of them only where finished steps move."),
-        "Hogwild.close_step": E(4, "06_words", "two_views or everybody_sees",
+        "Hogwild.close_step": E(4, "06_words", "two_views or everybody_sees or long_step",
             "The token that ended the step is not fed yet: it opens the next one, before the header."),
         "Hogwild.schedule_checks": E(2, "06_words", "two_checks or everybody_sees",
             "How many multiples of `every` were passed just now? For each, ask somebody at work."),

@@ -96,6 +96,7 @@ class Restated:
         self.pending = {name: opening.format(name) for name in self.names}
         self.block, self.own, self.step = ({name: value for name in self.names} for value in ("", "", 1))
         self.count, self.due, self.written, self.answer = dict.fromkeys(self.names, 0), [], 0, None
+        self.closed, self.start = [], dict.fromkeys(self.names, 0)  # start: of the step in its block
         self.fed = {name: len(tokenizer()(text, add_special_tokens=False).input_ids)
                     for name, text in self.pending.items()}
 
@@ -120,7 +121,7 @@ class Restated:
             self.count[name] += self.fed[name]
             self.pending[name], self.fed[name] = texts[name], 1
             self.own[name] += texts[name]
-        before, self.written = self.written, self.written + len(self.names)
+        before, self.written, self.closed = self.written, self.written + len(self.names), []
         if self.every and self.layout != "independent":
             for n in range(before // self.every, self.written // self.every):
                 self.due.append(random.Random(f"{self.seed} check {n}").choice(self.names))
@@ -135,6 +136,7 @@ class Restated:
 
     def close(self, name):
         """The step of this worker is over."""
+        record = {"worker": name, "step": self.step[name], "text": self.block[name][self.start[name]:]}
         self.own[name], self.step[name], opening = "", self.step[name] + 1, ""
         if self.moves:
             self.history += self.block[name]
@@ -146,6 +148,8 @@ class Restated:
             self.due.remove(name)
             opening += "Quick check: am I doing redundant work? (yes/no): "
         self.pending[name] += opening
+        self.start[name] = len(self.block[name])
+        self.closed.append({**record, "opened": self.pending[name] if self.moves else opening})
         self.fed[name] += len(tokenizer()(opening, add_special_tokens=False).input_ids)
 
 
@@ -170,6 +174,7 @@ def test_everybody_sees_what_the_protocol_says(layout, workers, every, seed, max
         restated.history[:-1] if layout == "independent" else restated.history)
     if layout == "independent":
         restated.pending, restated.history = dict.fromkeys(restated.names, "\n"), restated.history[:-1]
+        restated.start = dict.fromkeys(restated.names, 1)  # that is nobody's text
     for now in range(budget):
         tokens = {name: stream[now] for name, stream in streams.items()}
         run.advance(list(tokens.values()))
@@ -178,6 +183,8 @@ def test_everybody_sees_what_the_protocol_says(layout, workers, every, seed, max
             assert yours == wanted, (f"after {yours[:same][-60:]!r} stands {yours[same:same + 60]!r} "
                                      f"and not {wanted[same:same + 60]!r}")
         restated.take({name: tokenizer().decode([token]) for name, token in tokens.items()})
+        closed, right = run.passes[-1]["closed"], restated.closed
+        assert closed == right, f"of closed steps, the record says {closed}, and not {right}"
         assert run.boxed == restated.answer
         if run.ending:
             assert run.ending == ("answer" if restated.answer else "passes")

@@ -226,8 +226,7 @@ def test_every_method_is_what_it_says(toy):
     expected = {"hogwild:3": ("combined", 3, 128), "hogwild:1": ("combined", 1, 128),
                 "contiguous": ("contiguous", 2, 128), "interleaved:4": ("interleaved", 4, 128),
                 "no-check": ("combined", 2, 0), "re-encode:16": ("combined", 16, 128),
-                "baseline": ("independent", 1, 128),
-                "self-consistency:5": ("independent", 5, 128)}
+                "baseline": ("independent", 1, 128), "self-consistency:5": ("independent", 5, 128)}
     for spec, what in expected.items():
         run, = start(spec, toy, max_passes=4, check_every=128)
         assert (run.settings.layout, len(run.workers), run.settings.check_every) == what, spec
@@ -242,7 +241,7 @@ def test_every_method_is_what_it_says(toy):
     assert [evaluation.method(spec)[0] for spec in ("hogwild", "hogwild:4", "baseline:1", "skeleton",
             "skeleton:1")] == ["hogwild:2", "hogwild:4", "baseline", "skeleton", "skeleton:1"]
     for spec in ("hogwilde", "hogwild:0", "hogwild:17", "baseline:2"):
-        with pytest.raises(ValueError, match="no method|number of workers from 1 to 1"):
+        with pytest.raises(ValueError):
             evaluation.method(spec)
 
 
@@ -303,8 +302,7 @@ PIECES = [ids_of(word) if "<|" not in word else [2] for word in WORDS]
 
 
 def scripted(run, logits):
-    """Random words, which depend on the worker's name and the pass alone; some end texts, some
-    answer."""
+    """Random words, which depend on the worker's name and the pass alone; some end texts, or answer."""
     tokens = []
     for w in run.next_writers():
         own = sum(w.name in record["sampled"] for record in run.passes)
@@ -322,14 +320,16 @@ METHODS = ["hogwild:2", "self-consistency:2", "baseline", "skeleton:2", "skeleto
        st.integers(0, 10**6))
 @example("baseline", {3, 14}, 3)
 def test_an_answer_does_not_depend_on_other_budgets(toy, spec, budgets, seed):
-    """Random words, boxes, ends of text: asked at all passes or at some, each answer is the same, and
-    written in time or not; what is over stays as it is."""
+    """Random words, boxes, ends of text: asked at all passes or at some, each answer is the same, marked
+    as chapter 7's tasks do, and written in time or not; what is over stays as it is."""
     some = sorted(budgets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate.Hogwild, "sample", scripted)
         told = {"seed": seed, "answer_tokens": 2}
-        every, few = (evaluated(start(spec, toy, max_passes=asked[-1], **told), asked)
-                      for asked in (list(range(1, 17)), some))
+        begun = [], []
+        every, few = (evaluated((runs.append(run) or run for run in start(
+            spec, toy, max_passes=asked[-1], **told)), asked)
+            for runs, asked in zip(begun, (list(range(1, 17)), some)))
 
     def at(result, budget):
         return {key: value for key, value in result["answers"][str(budget)].items() if key != "seconds"}
@@ -337,7 +337,13 @@ def test_an_answer_does_not_depend_on_other_budgets(toy, spec, budgets, seed):
     for budget in some:
         assert at(few, budget) == at(every, budget)
         assert at(few, budget)["passes"] == min(budget, every["passes"])
-    assert all(isinstance(entry["answer"], str) for entry in every["answers"].values())
+    for entry in every["answers"].values():
+        right = evaluation.tasks.mark(entry["answer"], {"answers": ["7"]})
+        yours = entry["score"], entry["understood"]
+        assert yours == right, f"score, understood of {entry['answer']!r}: yours {yours}, right {right}"
+    passes = enumerate((record for run in begun[0] for record in run.passes), 1)
+    right = [(number, closed["worker"]) for number, record in passes for closed in record["closed"]]
+    assert every["step_ends"] == right, f"step_ends: yours is {every['step_ends']}, right is {right}"
 
 
 def result(method, number, scores, seed=0, **others):
@@ -360,8 +366,7 @@ def test_the_figures_of_the_report():
     accuracy."""
     assert curves.interval(0.5, 10) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
     assert curves.interval(0.0, 20) == (pytest.approx(0.0), pytest.approx(0.1611, abs=1e-4))
-    # Problem 9 was not done by hogwild: left out.
-    found = [*RESULTS, result("baseline", 9, (1, 1))]
+    found = [*RESULTS, result("baseline", 9, (1, 1))]  # hogwild has not done problem 9: left out
     base, ours = map(results.summary(found, [10, 20]).get, ("baseline", "hogwild:2"))
     assert list(base["accuracy"]) == [0, 1 / 3] and base["passes_to_right"] == 20 and base["count"] == 3
     assert list(ours["accuracy"]) == [1 / 3, 2 / 3] and ours["faults"] == 1
@@ -378,8 +383,7 @@ def test_the_figures_of_the_report():
     assert curves.passes_to_reach(0.5, [10, 20], [0, 0.5]) == 20
     assert curves.passes_to_reach(0.5, [10, 20], [1 / 3, 2 / 3]) == pytest.approx(15)
     assert curves.relative_passes([10, 20], [1 / 3, 2 / 3], [0, 0.5]) == "0.75 (at 50%)"
-    # Reached before the first budget: not measured.
-    assert curves.relative_passes([10, 20], [0.9, 0.9], [0, 0.5]) == "–"
+    assert curves.relative_passes([10, 20], [0.9, 0.9], [0, 0.5]) == "–"  # before the first budget
     assert curves.difference([1, 1, 0], [0, 0, 0]) == (pytest.approx(2 / 3), 0, 1)
 
 

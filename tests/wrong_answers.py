@@ -136,7 +136,10 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
             ("w.checks_due - 1), w.step + 1", "w.checks_due - 1), w.step"),
             ('CHECK if w.checks_due else ""', "CHECK"),
             ('"\\n\\n"[len(last) - len(last.rstrip("\\n")):] + ', ""),
-            ("w.ids = w.pending = [w.ids[-1], *inserted]", "w.ids = w.pending = inserted")],
+            ("w.ids = w.pending = [w.ids[-1], *inserted]", "w.ids = w.pending = inserted"),
+            ('"step": w.step, "text": self', '"step": w.step + 1, "text": self'),
+            ('"text": self.decode(w.ids[:-1])}', '"text": self.decode(w.ids)}'),
+            ('"opened": w.text if self.layout.moves else self.decode(inserted)}', '"opened": ""}')],
         "Hogwild.schedule_checks": [
             ('random.Random(f"{self.settings.seed} check {number}").choice(asked)', "asked[0]"),
             ("checks_due += 1", "checks_due = 1"),
@@ -155,7 +158,10 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
             ("                    answers[str(passes)] = yield from asked(run)\n",
              "                    answers[str(passes)] = yield from asked(run)\n"
              "                    seconds += perf_counter() - begin\n"),
-            ("except generate.TooLong:", "except ZeroDivisionError:")],
+            ("except generate.TooLong:", "except ZeroDivisionError:"),
+            ("score, understood = tasks.mark(answer, problem)", "score, understood = 1.0, True"),
+            ('step_ends += [(passes, closed["worker"])', 'step_ends = [(passes, closed["worker"])'),
+            ('step_ends += [(passes, closed["worker"]) for closed in record["closed"]]', "pass")],
         "method": [
             ("range(1, most + 1)", "range(1, most)"),
             ("workers = int(count) if colon else usual", "workers = usual"),
