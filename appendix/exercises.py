@@ -83,7 +83,7 @@ FILES = {  # what CHAPTER may be -> the file, and what is marked in it
     "4": ("04_query_rotation.py", {
         "attention_spec": E(3, "04_query_rotation", "both_functions or half",
             "Token by token: slots, moved by how much, at which distance? Scores, softmax, a sum."),
-        "attention": E(6, "04_query_rotation", "both_functions or half_precision",
+        "attention": E(6, "04_query_rotation", "both_functions or half_precision or gradients_equal",
             "`prepare` has done the bookkeeping. Rotate the queries once per row of the tables, "
             "multiply each with that row's keys, put scores side by side, hide, one softmax."),
         "first_slots": E(1, "04_query_rotation", "both_functions or layers_of_every_kind",
@@ -92,7 +92,7 @@ FILES = {  # what CHAPTER may be -> the file, and what is marked in it
             "For each row: from which slot to which is it seen, and what of that does a token not see?"),
         "run_by_run": E(1, "04_query_rotation", "several_runs", "Cut q by the tokens of each run.")}),
     "5": ("05_triton_kernel.py", {
-        "kernel": E(12, "05_triton_kernel", "hidden_blocks or equals_the_oracle",
+        "kernel": E(12, "05_triton_kernel", "hidden_blocks or equals_the_oracle or of_a_batch or half",
             "Read `prepare` first. Write it for one row of the tables; let the loop cross rows last."),
         "merge": E(3, "05_triton_kernel", "hidden_blocks or equals_the_oracle",
             "Parts whose peak is lower fade by 2 ** (peak - highest): totals and results."),

@@ -110,13 +110,12 @@ def test_frequencies_are_the_models_own(name, positions):
             assert (mine - stock).abs().max() <= 99 * U + 4 * U
 
 
-@pytest.mark.parametrize("config, complaint", [
-    (llama(rope_type="dynamic", factor=2.0), "dynamic"), (hf.GPT2Config(), "'gpt2' names none")])
-def test_what_cannot_be_moved_is_refused(config, complaint):
+@pytest.mark.parametrize("config", [llama(rope_type="dynamic", factor=2.0), hf.GPT2Config()],
+                         ids=["dynamic", "gpt2"])
+def test_what_cannot_be_moved_is_refused(config):
     """Angles that depend on the length seen, and a model without rotation, are refused."""
-    with pytest.raises(ValueError, match=complaint) as refusal:
+    with pytest.raises(ValueError):
         rope.layer_ropes(config)
-    assert "\n" not in str(refusal.value) and ". " not in str(refusal.value)
 
 
 @check()
@@ -124,11 +123,17 @@ def test_what_cannot_be_moved_is_refused(config, complaint):
 @example(position=99_991)
 @example(position=100_000)
 def test_angles_are_exact_far_out(position):
-    """Cosines at position 100,000 are as good as near 0: those of 30 digits, rounded to float32."""
-    found = rope.cos_sin(rope.Rope(FREQUENCIES), position)
-    for mine, exact, name in zip(found, (mpmath.cos, mpmath.sin), ("cosine", "sine")):
+    """Cosines at position 100,000 are as good as near 0: those of 30 digits, rounded to float32. Of one
+    position, or of some."""
+    layer, some = rope.Rope(FREQUENCIES), torch.tensor([position, 3, -position])
+    found, of_some = rope.cos_sin(layer, position), rope.cos_sin(layer, some)
+    for mine, several, exact, name in zip(found, of_some, (mpmath.cos, mpmath.sin), ("cosine", "sine")):
         with mpmath.workdps(30):
             theirs = torch.tensor([float(exact(mpmath.mpf(f) * position)) for f in FREQUENCIES.tolist()])
+        shapes, dtypes = [tuple(mine.shape), tuple(several.shape)], {mine.dtype, several.dtype}
+        assert shapes == [(4,), (3, 4)], f"{name}s of one position and of three have shapes {shapes}"
+        assert dtypes == {torch.float32}, f"{name}s are {dtypes}, and not float32"
+        assert torch.equal(several[0], mine), f"a {name} depends on the positions beside its own"
         # numbers below 1 are rounded by U / 2, twice here; a float64 angle is off by 1e6 * 2^-53 (a
         # float32 one by 0.06)
         error = (mine - theirs).abs().max()

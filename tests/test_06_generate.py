@@ -123,7 +123,7 @@ def test_independent_workers_are_sequential_runs(packed):
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_asking_for_the_answer_disturbs_nothing(smollm, layout):
     """A run asked at every fifth pass goes on exactly as one that was never asked, and answers the
-    same when asked twice."""
+    same when asked twice, also if asking was given up half-way before."""
     model, tokenizer = tiny("llama"), smollm[1]
     settings = generate.Settings(layout=layout, max_passes=30, max_step=64, check_every=40, prompt=SHORT)
     quiet, _, logits = run_and_record(model, tokenizer, settings, 30)
@@ -131,6 +131,10 @@ def test_asking_for_the_answer_disturbs_nothing(smollm, layout):
     answers = []
     for i in range(30):
         if i % 5 == 0:
+            lengths, job = [block.length for block in asked.cache.blocks], asked.asking()
+            asked.fed(next(job)), job.close()
+            now = [block.length for block in asked.cache.blocks]
+            assert now == lengths, f"given up half-way, it left blocks of {now} tokens, not {lengths}"
             answers.append((asked.answer(), asked.answer()))
         asked.advance()
     assert [r["sampled"] for r in asked.passes] == [r["sampled"] for r in quiet.passes]

@@ -16,7 +16,9 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
             ("dtype=torch.float64)[..., None] * rope.inv_freq",
              "dtype=torch.float32)[..., None] * rope.inv_freq.float()"),
             ("return angles.cos().float(), angles.sin().float()",
-             "return angles.sin().float(), angles.cos().float()")],
+             "return angles.sin().float(), angles.cos().float()"),
+            ("return angles.cos().float(), angles.sin().float()", "return angles.cos(), angles.sin()"),
+            ("torch.as_tensor(positions, dtype=torch.float64)[..., None] *", "positions *")],
         "rotate": [
             ("[x1 * cos - x2 * sin, x2 * cos + x1 * sin]", "[x1 * cos + x2 * sin, x2 * cos - x1 * sin]"),
             ("x1, x2, kept = x.split([half, half, rest], -1)",
@@ -94,7 +96,11 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
             ("weights = scores.softmax(-1).split([sum(sizes) for _, sizes in parts], -1)",
              "weights = [w.softmax(-1) for w in scores.split([sum(sizes) for _, sizes in parts], -1)]"),
             ("    cos, sin, parts, hidden = prepare(tables, rotation, window, q.device)\n",
-             "    return attention_spec(q, k, v, tables, rotation, scale, window)\n")],
+             "    return attention_spec(q, k, v, tables, rotation, scale, window)\n"),
+            ("    cos, sin, parts, hidden = prepare(tables, rotation, window, q.device)\n",
+             "    k = rope.shift(k, 0, rotation)\n"
+             "    cos, sin, parts, hidden = prepare(tables, rotation, window, q.device)\n"),
+            ("scores.softmax(-1).split([", "scores.detach().softmax(-1).split([")],
         "first_slots": [
             ("- window + 1)", "- window)"),
             ("tables.position + tables.offset", "tables.offset")],
@@ -112,7 +118,10 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
             ("if row != rotated_for:", "if rotated_for < 0:"),
             ("fade = tl.exp2(peak - higher)[:, None]", "fade = tl.exp2(peak - peak)[:, None]"),
             ("total = total * fade + weight", "total = total + weight"),
-            ("q2 = (y * cosine + x * sine)", "q2 = (y * cosine - x * sine)")],
+            ("q2 = (y * cosine + x * sine)", "q2 = (y * cosine - x * sine)"),
+            ("q1 = (x * cosine - y * sine).to(OPERAND)", "q1 = x * cosine - y * sine"),
+            ("(token + n) * q_token", "n * q_token"),
+            ("cell, low, high = tl.load(chunks + 3), tl.load(chunks + 4),", "cell, low, high = 0, 0,")],
         "merge": [
             ("fade = tl.exp2(peak - tl.max(peak, 0))", "fade = tl.exp2(peak - peak)"),
             ("/ tl.sum(fade * total, 0)", "/ tl.sum(total, 0)"),
@@ -146,7 +155,9 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
             ("self.generated += len(writing)", "self.generated += 1")],
         "Hogwild.concluding": [
             ("block.length = length\n", "pass\n"),
-            ("coming[k] = coming[k][0], said[k][-1:]", "coming[k] = coming[k][0], said[k]")]},
+            ("coming[k] = coming[k][0], said[k][-1:]", "coming[k] = coming[k][0], said[k]"),
+            ("        finally:\n            for block", "        except ZeroDivisionError:\n"
+             "            pass\n        else:\n            for block")]},
     "7": {
         "evaluate": [
             ("if passes in budgets:", "if passes in budgets[:1]:"),
