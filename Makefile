@@ -14,7 +14,7 @@ race: $(VENV)/ready
 	$(BIN)/python appendix/demo.py --kind race --workers 4
 
 exercise check: $(VENV)/ready
-	$(BIN)/python appendix/exercises.py $(CHAPTER) $(DIR) $(if $(filter check,$@),--check)
+	$(BIN)/python appendix/exercises.py $(CHAPTER) "$(DIR)" $(if $(filter check,$@),--check)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal

@@ -3,8 +3,11 @@ import ast
 import contextlib
 import io
 import re
+import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import wrong_answers
@@ -44,7 +47,7 @@ def test_a_skeleton_keeps_all_but_the_bodies(chapter):
         assert ast.unparse(new.args) == ast.unparse(old.args) and marked
         assert ast.get_docstring(new) == ast.get_docstring(old)
         assert ast.unparse(new.body[-1]) == "raise NotImplementedError"
-        assert exercises.beside(own, given, name) == exercises.skeleton(own, todo, [name])
+        assert exercises.beside(own, given, name) == exercises.skeleton(own, {name: todo[name]})
         assert exercises.beside(own, own, name) == own
 
 
@@ -126,12 +129,54 @@ def test_what_cannot_be_checked_is_refused(arguments, text, words, tmp_path):
     assert run.returncode == 2 and words in run.stderr and run.stderr.count("\n") == 1, run.stderr
 
 
-def test_what_never_ends_is_not_right(monkeypatch):
-    """A test that computes for too long says so."""
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_never_ends_is_not_right(monkeypatch, waits):
+    """A test that computes for too long says so, and so does one that waits."""
     monkeypatch.setattr(exercises, "LIMIT", 1)
     file, todo = exercises.FILES["1"]
-    said, = faults(file, (ROOT / file).read_text(), todo["rotate"])
+    text = (ROOT / file).read_text()
+    if waits:
+        monkeypatch.setattr(exercises.resource, "setrlimit", lambda *_: None)
+        text += "import time\ntime.sleep(1000)\n"
+    said, = faults(file, text, todo["rotate"])
     assert "never end" in said
+
+
+def test_what_a_process_says_is_made_short():
+    """A crash is called one; of a comparison, what is seen of tensors and functions is left out."""
+    exercise = exercises.FILES["1"][1]["rotate"]
+
+    def says(code, *lines):
+        stdout = "\n".join(f"E   {line}" for line in lines)
+        return exercises.wrong(SimpleNamespace(returncode=code, stdout=stdout, stderr=""), exercise)
+    assert says(-signal.SIGSEGV) == ["SIGSEGV: Python crashed in its tests"]
+    assert "never end" in says(-signal.SIGXCPU)[0]
+    assert says(1, "assert 3 == 4", " +  where <built-in method abs of Tensor> = (tensor([[-0.2",
+                " +  and   tensor(0.5) = max()", " +  where 3 = f(2)") == [
+                    "assert 3 == 4", " +  where 3 = f(2)"]
+
+
+def test_after_an_interrupt_nothing_is_begun(monkeypatch):
+    """What still waits to be tested is not."""
+    begun = []
+
+    def ran(*what):
+        begun.append(what)
+        if len(begun) == 1:
+            raise KeyboardInterrupt
+        time.sleep(0.5)
+    monkeypatch.setattr(exercises, "ran", ran)
+    file, todo = exercises.FILES["2"]
+    with pytest.raises(KeyboardInterrupt):
+        exercises.check(file, todo, (ROOT / file).read_text())
+    assert len(begun) < len(todo)
+
+
+def test_only_line_ends_end_lines():
+    """Form feeds and the like may stand in a student's file: to Python, they are no ends of lines."""
+    own = (ROOT / "01_rope_shift.py").read_text()
+    right = own.replace("\ndef layer_ropes", "\f\ndef layer_ropes").replace("Chapter 1", "\u2028 1")
+    assert exercises.beside(own, right.replace("angles = ", "angles = 2 * "), "rotate") == right
 
 
 def test_a_copy_has_what_the_tests_need():
