@@ -228,6 +228,7 @@ def answer_4_2():
         error = (result.float() - exact).norm() / exact.norm()
         print(f"{name:9} scores: relative error {error:.4f}, "
               f"{milliseconds(function, q, k, v, tables, HEAD, 0.125):.2f} ms")
+    assert error > 0.005  # of bfloat16
 
 
 def answer_4_3():
@@ -312,6 +313,7 @@ def answer_6_2():
         same = len(os.path.commonprefix([alone, together]))
         print(f"{name}: the same for {same} characters, then alone {alone[same:same + 24]!r}, together "
               f"{together[same:same + 24]!r}")
+        assert alone != together
 
 
 def answer_6_3():
@@ -339,6 +341,7 @@ def answer_7_1():
             apart, paired = apart + (below < above), paired + (curves.difference(other, first)[1] > 0)
         print(f"{count:4} problems: intervals apart in {apart / 200:4.0%} of 200 trials, paired "
               f"difference above 0 in {paired / 200:4.0%}")
+    assert apart < 160 < paired
 
 
 def answer_7_2():
@@ -355,6 +358,7 @@ def answer_7_2():
         print(f"each sample right in {right:.0%}: a vote of three in {shares[0]:.0%} if there is one "
               f"wrong answer, in {shares[1]:.0%} if there are ten; somebody among three in "
               f"{1 - (1 - right) ** 3:.0%}")
+    assert min(shares) > right
 
 
 def answer_recording_1():
