@@ -13,8 +13,25 @@ from appendix import batching
 
 evaluation, generate = import_module("07_eval_limo"), import_module("06_generate")
 shared_cache, query_rotation = import_module("02_shared_cache"), import_module("04_query_rotation")
-METHODS = ["hogwild:2", "hogwild:3", "contiguous:2", "interleaved:2", "re-encode:2", "baseline",
-           "self-consistency:2", "vote:3", "debate:2", "skeleton", "skeleton:2", "fork-join"]
+METHODS = ["hogwild:2", "hogwild:3", "no-check:2", "contiguous:2", "interleaved:2", "re-encode:2",
+           "baseline", "self-consistency:2", "vote:3", "debate:2", "debate-3:2", "skeleton",
+           "skeleton:2", "fork-join"]
+# What makes something happen: steps end, texts end, boxes, outlines, parts, joins. (None: five tokens of
+# the model's own.)
+PIECES = [None, None, ".\n\n", ".\n\n", ".\n\n", " \\boxed{7}.\n\n", "\n2. two\n3. three\n",
+          "<part>a</part>", "<part>b</part><join/>", "<|im_end|>"]
+
+
+def scripted(run, logits, sample=generate.Hogwild.sample):
+    """The model's own words, and at times others, which depend on the worker and its problem alone."""
+    tokens = sample(run, logits)
+    for k, w in enumerate(run.next_writers()):
+        own = sum(w.name in record["sampled"] for record in run.passes)
+        chance = random.Random(f"{run.settings.seed} {w.name} {len(run.prompt)} {type(run).__name__}")
+        script = [token for piece in chance.choices(PIECES, k=own + 1)
+                  for token in ([None] * 5 if piece is None else run.encode(piece))]
+        tokens[k] = tokens[k] if script[own] is None else script[own]
+    return tokens
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +53,7 @@ def job_of(toy, cache, number, spec, budgets, greedy):
         run.release()
     del result["seconds"]
     for answer in result["answers"].values():
-        del answer["seconds"]
+        answer.pop("seconds", None)  # (late ones are the same one)
     return number, result
 
 
@@ -48,16 +65,36 @@ def all_of(toy, jobs, at_once):
     return dict(done), cache
 
 
+def side_by_side(toy, jobs, at_once):
+    """The results of jobs, which are those of each alone; all slots are free in the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate.Hogwild, "sample", scripted)
+        together, cache = all_of(toy, jobs, at_once)
+        assert together == {job[0]: all_of(toy, [job], 1)[0][job[0]] for job in jobs}
+    assert not cache.blocks and [(span.start, span.stop) for span in cache.free] == [(0, cache.slots)]
+    return together
+
+
 @settings(deadline=None, max_examples=6)
 @given(st.lists(st.tuples(st.sampled_from(METHODS), st.booleans(),
-                          st.sets(st.integers(1, 30), min_size=1, max_size=3).map(sorted)),
+                          st.sets(st.integers(1, 40), min_size=1, max_size=3).map(sorted)),
                 min_size=2, max_size=8), st.integers(2, 5))
 def test_each_run_writes_what_it_writes_alone(toy, drawn, at_once):
-    """Methods, budgets, greedy and sampled runs mixed; all slots are free in the end."""
+    """Methods, budgets, greedy and sampled runs mixed."""
     jobs = [(number, spec, budgets, greedy) for number, (spec, greedy, budgets) in enumerate(drawn)]
-    together, cache = all_of(toy, jobs, at_once)
-    assert together == {job[0]: all_of(toy, [job], 1)[0][job[0]] for job in jobs}
-    assert not cache.blocks and [(span.start, span.stop) for span in cache.free] == [(0, cache.slots)]
+    side_by_side(toy, jobs, at_once)
+
+
+def test_all_methods_side_by_side(toy):
+    """Steps move, texts and boxes end, parts are handed over and joined, one stage follows another."""
+    jobs = [(number, spec, [20, 60], False) for number, spec in enumerate(METHODS, 80)]
+    together = side_by_side(toy, jobs, 4)
+    found = {spec: together[number] for number, spec, *_ in jobs}
+    assert all(len(found[spec]["step_ends"]) > 1 for spec in METHODS[:6])
+    assert {result["ending"] for result in found.values()} == {"answer", "end of text", "passes"}
+    texts = {spec: len(result["text"]) for spec, result in found.items()}  # of all workers and stages
+    assert texts["debate:2"] == 4 and texts["debate-3:2"] == 6
+    assert texts["skeleton:2"] == 3 and texts["fork-join"] == 3
 
 
 def test_memory_is_used_again(toy):
