@@ -11,15 +11,18 @@ not happened at all.
 """
 from contextlib import contextmanager
 
+from appendix import command
 from appendix.protocol import check_name
 
 
 def say(run, name, text):
     """Somebody from outside speaks: the next pass reads these words, as a finished step of the history.
 
-    Raises ValueError if a worker has that name, or if there is no room for so many words.
+    Raises ValueError if a worker has that name, if these are no words, or if there is no room for so
+    many.
     """
     check_name(name, [w.name for w in run.workers])
+    text = command.text(text, "text")
     with event(run, "say", name, text):
         run.said = run.said + run.encode(f"\n\n**{name}:** {text.strip()}")
 

@@ -38,6 +38,8 @@ def obey(run, guest, line):
     if not word.startswith("/"):
         guests.say(run, guest, line)
         return f"Said to all: {line.strip()}"
+    if word == "/add" and name == guest:
+        raise ValueError(f"{guest!r} is your own name; give the worker another one")
     if word in ("/add", "/dismiss") and name:
         getattr(guests, word[1:])(run, name)
         return f"{word} {name}: done"
@@ -59,6 +61,9 @@ class Screen(screen.Screen):
         super().__init__(problem, start, show.plain)
         self.guest, self.line = show.guest, None
         if self.live and can_be_typed_in(self.console):
+            if self.guest in start["opening"]:
+                raise ValueError(f"a worker is called {self.guest!r}: give yourself another name, with "
+                                 "--guest")
             with contextlib.suppress(ImportError):  # without prompt_toolkit, one can still watch
                 self.live = self.line = Line(self.guest)
                 self.console = self.line.console

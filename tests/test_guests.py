@@ -143,6 +143,9 @@ def test_workers_who_wait_for_somebody_s_words_react_to_them(layout):
     wait, count = (run.encode(word)[0] for word in (" wait", " count"))
     for _ in range(5):
         assert {*run.advance()["sampled"].values()} == {wait}
+    for words, why in (("\ud800", "UTF-8"), (" ", "empty")):
+        with pytest.raises(ValueError, match=why):
+            guests.say(run, "Teacher", words)
     guests.say(run, "Teacher", "Now mind the apples.")
     assert {*run.advance()["sampled"].values()} == {wait}
     guests.say(run, "Teacher", "Now count the pears.")

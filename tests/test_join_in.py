@@ -175,12 +175,20 @@ def test_the_picture_follows_the_size(started):
         assert terminal.text.splitlines()[-1] == "Ann:" and len(terminal.text.splitlines()[0]) == 60
 
 
+def test_nobody_is_called_like_a_worker(started):
+    """Then nothing that is typed could be said: one sentence, before the run begins."""
+    with started("--guest", "Bob") as terminal:
+        assert terminal.wait() == 2 and terminal.restored
+    assert b"a worker is called 'Bob'" in terminal.raw and b"Traceback" not in terminal.raw
+
+
 def test_what_a_line_asks_for():
     """Bytes that are no text, spaces, and who has the person's name: a sentence, and nothing happens."""
     run = generate.Hogwild(random_model("llama"), tokenizer(), PROBLEM, generate.Settings(max_passes=9))
     for guest, line, words in (("Eve", "\udcff", "UTF-8"), ("Alice", "Hm.", "two workers"),
                                ("Eve", "/add", "no command"), ("Eve", "/answer 7", "no command"),
-                               ("Eve", "/stop it", "no command"), ("Eve", " /", "no command")):
+                               ("Eve", "/stop it", "no command"), ("Eve", " /", "no command"),
+                               ("Eve", "/add Eve", "your own name")):
         with pytest.raises(ValueError, match=words):
             join_in.obey(run, guest, line)
     assert run.events == [] and run.said == []
