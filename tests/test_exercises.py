@@ -103,6 +103,13 @@ def test_only_the_students_file_is_tested(tmp_path, monkeypatch):
     assert "there is no such function" in check(tmp_path)[1]
 
 
+def test_the_projects_own_chapter_has_all_points(tmp_path):
+    """Chapter 3, function by function."""
+    (tmp_path / "03_layouts.py").write_text((ROOT / "03_layouts.py").read_text())
+    code, said = check(tmp_path, "3")
+    assert code == 0 and "\n7 of 7 points" in said, said
+
+
 def test_a_counterexample_says_what_differs():
     """Queries that turn the wrong way: which function, by how much, and a small case with its names."""
     file, todo = exercises.FILES["4"]
