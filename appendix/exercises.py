@@ -95,7 +95,7 @@ FILES = {  # what CHAPTER may be -> the file, and what is marked in it
     "5": ("05_triton_kernel.py", {
         "kernel": E(12, "05_triton_kernel", "hidden_blocks or equals_the_oracle or of_a_batch or half",
             "Read `prepare` first. Write it for one row of the tables; let the loop cross rows last."),
-        "merge": E(3, "05_triton_kernel", "hidden_blocks or equals_the_oracle",
+        "merge": E(3, "05_triton_kernel", "hidden_blocks or of_a_batch",
             "Parts whose peak is lower fade by 2 ** (peak - highest): totals and results."),
         "prepare": E(5, "05_triton_kernel", "of_a_batch",
             "Cumulative sums of tiles, and counters that go on from run to run."),

@@ -125,7 +125,8 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
         "merge": [
             ("fade = tl.exp2(peak - tl.max(peak, 0))", "fade = tl.exp2(peak - peak)"),
             ("/ tl.sum(fade * total, 0)", "/ tl.sum(total, 0)"),
-            ("head * GROUP + m // new) * DV", "head * GROUP + m % GROUP) * DV")],
+            ("head * GROUP + m // new) * DV", "head * GROUP + m % GROUP) * DV"),
+            ("out += ((token + m % new)", "out += ((m % new)")],
         "prepare": [
             ("cell - row * new, low, ends[-1]))", "cell - row * new, 0, ends[-1]))"),
             ("tiles = (length + tile - 1) // tile - first_tile", "tiles = length // tile - first_tile"),
