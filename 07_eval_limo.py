@@ -189,7 +189,7 @@ def run_missing(what, header, problems, wanted):
             team.wait_for_everyone()
         if todo:
             mine = todo[rank % shares::shares]
-            with tqdm(total=len(mine), disable=rank > 0, file=sys.stdout) as bar:
+            with tqdm(total=len(mine), disable=rank > 0, file=sys.stdout, unit="run") as bar:
                 run_all(mine, what, team, problems, results, bar)
         if team:
             team.wait_for_everyone()

@@ -117,5 +117,5 @@ def test_chapter_7_runs_them(tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()[1:]]
     assert [row["answers"]["400"]["score"] for row in rows] == [1] * 4
     said = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "baseline 4 " in said and "100%" in said
+    assert "baseline 4 " in said and "baseline: 100% right so far" in said and "| 3/4 [" in said
     assert re.search(r"passes of 4 runs take \d+\.\d\d s: all will take about \d+:\d\d:\d\d, if", said)
