@@ -86,14 +86,13 @@ class SharedCache(Cache):
         self.blocks = [block for block in self.blocks if block not in blocks]
         self.prompts = {block: ids for block, ids in self.prompts.items() if block not in blocks}
         gone, self.free = [range(b.start, b.start + b.capacity) for b in blocks] + self.free, []
-        for span in sorted(gone, key=lambda span: span.start):
+        for span in sorted(filter(len, gone), key=lambda span: span.start):
             if self.free and self.free[-1].stop == span.start:
                 span = range(self.free.pop().start, span.stop)
             if span.stop == self.slots:  # at the end, what has got no memory is wanted no more
                 self.slots = max(span.start, self.made)
                 span = range(span.start, self.slots)
-            if span:
-                self.free.append(span)
+            self.free.append(span)
 
     def grow(self):
         """Let the memory have all slots that were given to blocks."""

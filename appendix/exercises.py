@@ -65,7 +65,7 @@ FILES = {  # what CHAPTER may be -> the file, and what is marked in it
         "SharedCache.discard": E(3, "02_shared_cache", "Memory",
             "Sort the free ranges, and join neighbours."),
         "SharedCache.reserve": E(2, "02_shared_cache", "Memory",
-            "First look for room in all blocks; only then change one. A block may come up twice."),
+            "First look for room in all blocks; only then change one."),
         "SharedCache.copy": E(3, "02_shared_cache", "own_end or moved_block or Memory",
             "By how many positions does index j move? Do values know where they are?"),
         "SharedCache.rewound": E(2, "02_shared_cache", "Memory",

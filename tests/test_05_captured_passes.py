@@ -218,6 +218,8 @@ def test_what_a_graph_reads_stays_alive(monkeypatch):
 def test_the_decoder_is_chapter_4s_forward(monkeypatch):
     """Any `last`, another model, another cache, more memory: never a graph of something else."""
     models, (ours, launches) = [make("llama"), make("llama")], decoder(monkeypatch)
+    captures, capture = [], ours.capture or fused.capture_graph
+    ours.capture = lambda run: captures.append(1) or capture(run)
     torch.nn.init.normal_(models[1].get_input_embeddings().weight, std=0.5)
     ropes = [attend.attach(model) for model in models][0]
     caches = [shared_cache.SharedCache(ropes) for _ in range(2)]
@@ -242,6 +244,7 @@ def test_the_decoder_is_chapter_4s_forward(monkeypatch):
         assert logits[2].abs().max() > 0.1
     # Every second pass of a case, and the first one where nothing but `last` is new.
     assert launches is None or len(launches) == len(cases) + 2
+    assert len(captures) == 6, f"{len(captures)} captures: one for each model, cache and memory are 6"
 
 
 def test_the_end_of_a_prompt_is_not_captured(monkeypatch):

@@ -34,7 +34,7 @@ WRONG = {  # chapter -> {function: [(old text, new text)]}
     "2": {
         "SharedCache.discard": [
             ("for b in blocks] + self.free, []", "for b in blocks], []"),
-            ("sorted(gone, key=lambda span: span.start)", "gone"),
+            ("sorted(filter(len, gone), key=lambda span: span.start)", "gone"),
             ("if self.free and self.free[-1].stop == span.start:", "if False:"),
             ("ids for block, ids in self.prompts.items() if block not in blocks}",
              "ids for block, ids in self.prompts.items()}")],
