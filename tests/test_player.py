@@ -229,20 +229,20 @@ def look_at_pass(browser, tables, number):
                 worker.name, name(one.block), one.before, box.x + width - 6
                 - (total - one.place - Math.floor(one.visible / 2) - 0.5) * scale,
                 box.y + i * row + row / 2, Math.floor(one.visible / 2)]))"""
-    count = len(js(browser, where))
-    assert count >= 6
+    assert (count := len(js(browser, where))) >= 6
     for spot in range(0, count, 3):  # (rows that come may move what is below them)
         reader, block, before, x, y, slot = js(browser, where)[spot]
         actions = ActionChains(browser)
         actions.w3c_actions.pointer_action.move_to_location(int(x), int(y))
         actions.perform()
         cells = js(browser, """return [...$('rows').rows].map(
-            row => [...row.cells].map(cell => cell.textContent))""")
+            row => [...row.cells].map(td => td.textContent).concat(row.style.cssText.slice(8, -1)))""")
         marked = js(browser, "return document.querySelector('.reader').cells[0].textContent")
         assert marked == reader and [row[0] for row in cells] == list(tables[number - 1])
-        found = int(re.search(r"slot (\d+)", browser.find_element("id", "picked").text)[1])
-        assert abs(found - slot) <= 1, (reader, block, browser.find_element("id", "picked").text)
-        for name, _, offset, visible, turn, distance in cells:
+        picked = browser.find_element("id", "picked").text
+        assert abs((found := int(re.search(r"slot (\d+)", picked)[1])) - slot) <= 1, (block, picked)
+        for name, _, offset, visible, turn, distance, drawn in cells:
+            assert drawn == turn.replace("°", "deg").replace("–", "0deg")
             view = tables[number - 1][name]
             if (block, before) not in view:
                 assert (offset, visible, distance) == ("–", "0", "unseen")
@@ -284,6 +284,18 @@ def test_keys_buttons_and_the_slider(browser, tmp_path):
     body.send_keys(" ")  # from the beginning again
     body.send_keys(Keys.ARROW_LEFT)
     assert now() < 40 and js(browser, "return playing") is None
+
+
+def test_checks_claims_and_boxes_are_marked(browser, tmp_path):
+    """Each where it stands in the text, and nothing else."""
+    rows = synthetic(2, 30)
+    rows[8]["text"]["Alice"] = " \\boxed{7}."
+    for closed in sum((record["closed"] for record in rows[2:-1]), []):
+        closed["opened"] += protocol.CHECK
+    assert opened(browser, tmp_path / "run.jsonl", lines(rows)) == ""
+    claims, box, checks = js(browser, """show(29); return ["claim", "box", "check"].map(name =>
+        [...document.querySelectorAll(`.text .${name}`)].map(span => span.textContent).join(""))""")
+    assert claims == "C:" * 4 and box == " \\boxed{7}." and checks.count(protocol.CHECK.strip()) == 2
 
 
 def test_a_trace_can_be_dropped_on_the_page(browser, tmp_path):
