@@ -93,7 +93,7 @@ FILES = {  # what CHAPTER may be -> the file, and what is marked in it
             "For each row: from which slot to which is it seen, and what of that does a token not see?"),
         "run_by_run": E(1, "04_query_rotation", "several_runs", "Cut q by the tokens of each run.")}),
     "5": ("05_triton_kernel.py", {
-        "kernel": E(12, "05_triton_kernel", "hidden_blocks or equals_the_oracle or of_a_batch or half",
+        "kernel": E(12, "05_triton_kernel", "hidden_blocks or of_a_batch or half",
             "Read `prepare` first. Write it for one row of the tables; let the loop cross rows last."),
         "merge": E(3, "05_triton_kernel", "hidden_blocks or of_a_batch",
             "Parts whose peak is lower fade by 2 ** (peak - highest): totals and results."),
