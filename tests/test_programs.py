@@ -109,7 +109,8 @@ def test_memory_is_that_of_all_together(monkeypatch, many, printed):
     monkeypatch.setattr(programs, "MEMORY", 2**28)
     code = (f"import os, time\nfor _ in range({many}):\n    if os.fork() == 0:\n"
             "        x = b'x' * 2**26\n        time.sleep(9)\n"
-            "time.sleep(1)\nprint(open('/proc/self/oom_score_adj').read().strip(), end='')")
+            f"time.sleep({1 + many // 3})\n"
+            "print(open('/proc/self/oom_score_adj').read().strip(), end='')")
     assert programs.run(code, "") == printed
 
 
@@ -147,7 +148,7 @@ HOSTILE = {
     "endless output": "import sys\nwhile True: sys.stdout.write('x' * 2**20)",
     "much memory": "x = bytearray(2**36)",
     "memory of many": "import os, time\nfor _ in range(12):\n"
-                      "    if os.fork() == 0: x = b'x' * 2**26; time.sleep(9)\ntime.sleep(0.5)",
+                      "    if os.fork() == 0: x = b'x' * 2**26; time.sleep(9)\ntime.sleep(0.9)",
     "files without end": "n = 0\nwhile True:\n    n += 1; open(f'{n}', 'w').write('x' * 2**20)",
     "deep recursion": "def f(): return f()\nf()",
     "killing the parent": "import os, signal\nos.kill(os.getppid(), 9)\nos.kill(-1, 9)",
