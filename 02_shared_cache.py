@@ -61,7 +61,6 @@ class SharedCache(Cache):
         super().__init__(layers=[])
         self.ropes = ropes
         self.blocks, self.slots = [], 0  # slots: S, of all blocks together, and of those discarded
-        self.made = 0  # so many of them have memory
         self.free = []  # ranges of slots that no block has, in order
         self.keys, self.values = {}, {}  # layer -> [Hk, S, D or Dv], made when the layer first writes
         self.prompts = {}  # block -> ids that it begins with: what other runs may copy
@@ -90,7 +89,7 @@ class SharedCache(Cache):
             if self.free and self.free[-1].stop == span.start:
                 span = range(self.free.pop().start, span.stop)
             if span.stop == self.slots:  # at the end, what has got no memory is wanted no more
-                self.slots = max(span.start, self.made)
+                self.slots = max([span.start, *(keys.shape[1] for keys in self.keys.values())])
                 span = range(span.start, self.slots)
             self.free.append(span)
 
@@ -101,7 +100,6 @@ class SharedCache(Cache):
                 more = self.slots - old.shape[1]
                 if more:
                     memory[layer] = torch.cat([old, old.new_empty(old.shape[0], more, old.shape[2])], 1)
-        self.made = self.slots
 
     def reserve(self, writers):  # exercise
         """Give new tokens their slots: for each pair (block, count) the next `count` slots of the block.

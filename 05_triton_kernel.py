@@ -410,8 +410,8 @@ def capture_graph(run):
 
 def picture(tables, names, splits, tile=64):
     """Which program reads which tiles: a line per row of the tables, a letter per tile."""
-    prepared = prepare([tables], rope.inverse_frequencies(LlamaConfig(head_dim=64)), None, group=1,
-                       queries=16, tile=tile, device="cpu")
+    prepared = prepare([tables], rope.inverse_frequencies(LlamaConfig(head_dim=64)), None, 1, 16, tile,
+                       device="cpu")
     bounds = [0, *prepared[2 + TABLES.index("ends")].tolist()]
     ends = [s * bounds[-1] // splits for s in range(splits + 1)]
     letters = "".join(chr(65 + s) * (ends[s + 1] - ends[s]) for s in range(splits))  # one per tile

@@ -306,3 +306,28 @@ def test_memory_that_cannot_be_had_is_not_asked_for_again():
     cache.discard([large])
     cache.reserve([(small, 1)])
     assert cache.slots == 3 and cache.new_slots.tolist() == [1] and cache.block(2).start == 3
+
+
+def test_memory_that_has_grown_in_part_is_seen_to_have_moved(monkeypatch):
+    """It is too little for the second layer: then slots stay, as who notes addresses goes by them, and
+    the rest of the memory follows as soon as there is enough."""
+    cache, cat = chapter.SharedCache(ROPES), torch.cat
+    small = cache.block(3)
+    cache.reserve([(small, 1)])
+    for layer, (heads, *sizes, _) in enumerate(LAYERS):
+        write(cache, layer, *(torch.ones(heads, 1, size) for size in sizes))
+    large = cache.block(4)
+
+    def fail(tensors, dim=0):
+        if tensors[0].shape[0] == LAYERS[1][0] and dim == 1:
+            raise RuntimeError("out of memory")
+        return cat(tensors, dim)
+    monkeypatch.setattr(torch, "cat", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cache.reserve([(large, 1)])
+    cache.discard([large])
+    assert [keys.shape[1] for keys in cache.keys.values()] == [7, 3] and cache.slots == 7
+    monkeypatch.setattr(torch, "cat", cat)
+    cache.reserve([(small, 1)])
+    assert {t.shape[1] for memory in (cache.keys, cache.values) for t in memory.values()} == {7}
+    assert cache.block(4).start == 3 and cache.slots == 7
